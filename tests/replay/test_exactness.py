@@ -1,0 +1,172 @@
+"""The ladder of exactness: scores against finite differences and against autograd through the unrolled training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_setup
+from torch import Tensor
+
+from tracked_replay.recording import Recorder, Recording, folder_source
+from tracked_replay.replay import ScoreSum, StepAdjoint, Target, replay
+from tracked_replay.training import TrainingSetup, evaluate, train
+
+VARIANTS = {
+    "plain": {"train__momentum": 0.0, "train__weight_decay": 0.0},
+    "momentum": {"train__schedule": "one_cycle"},
+    "dampening": {"train__dampening": 0.4, "train__schedule": "step", "train__lr_step_epochs": 1},
+    "nesterov": {"train__nesterov": True, "train__schedule": "cosine", "train__warmup_epochs": 1},
+    "groups": {"model__bias_scale": 3.0, "train__decay_biases": False, "train__nesterov": True},
+}
+TARGETS = (Target.single(4), Target.single(7), Target.mean(range(10), "mean:all"))
+
+
+def recorded(setup: TrainingSetup, root: Path) -> Recording:
+    with Recorder(root, setup) as recorder:
+        state = setup.initial
+        for record in train(setup):
+            recorder.add(record)
+            state = record.after
+        return Recording(folder_source(root), recorder.finish(state))
+
+
+def replayed(setup: TrainingSetup, recording: Recording, targets=TARGETS, mode: str = "memory") -> np.ndarray:
+    total = ScoreSum(targets, setup.data.num_train)
+    for step in replay(setup, recording, targets, StepAdjoint(setup.step), mode):
+        total.add(step)
+    return total.scores
+
+
+def measured(setup: TrainingSetup, weights: Tensor, targets=TARGETS) -> np.ndarray:
+    """Measurements after a real training with other weights."""
+    state = setup.initial
+    for record in train(setup, weights=weights):
+        state = record.after
+    values = evaluate(setup, state).measurements
+    return np.array([values[list(target.indices)] @ np.array(target.coefficients) for target in targets])
+
+
+def unrolled(setup: TrainingSetup, targets=TARGETS) -> np.ndarray:
+    """∂φ/∂w by autograd through the whole training, written out here without the package's step or adjoint."""
+    config = setup.config.train
+    weights = torch.ones(setup.data.num_train, dtype=torch.float64, requires_grad=True)
+    p = {name: tensor.clone().requires_grad_() for name, tensor in setup.initial.parameters.items()}
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    velocity: dict[str, Tensor] = {}
+
+    def network(p, x, mean, var):
+        x = F.conv2d(x, p["0.weight"], p["0.bias"])
+        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        x = F.gelu(x * p["1.weight"][:, None, None] + p["1.bias"][:, None, None])
+        return x.flatten(1) @ p["4.weight"].T + p["4.bias"]
+
+    for t, (indices, rates) in enumerate(zip(setup.plan.indices, setup.plan.learning_rates, strict=True)):
+        x = setup.data.train.inputs[indices].double()
+        y = setup.data.train.labels[indices]
+        features = F.conv2d(x, p["0.weight"], p["0.bias"])
+        batch_mean, batch_var = features.mean((0, 2, 3)), features.var((0, 2, 3), unbiased=False)
+        mean = 0.7 * mean + 0.3 * batch_mean
+        var = 0.7 * var + 0.3 * features.var((0, 2, 3), unbiased=True)
+        losses = F.cross_entropy(network(p, x, batch_mean, batch_var), y, reduction="none")
+        loss = (losses * weights[indices]).sum() / len(indices)
+        gradients = torch.autograd.grad(loss, list(p.values()), create_graph=True)
+        updated = {}
+        for (name, value), g in zip(p.items(), gradients, strict=True):
+            bias = value.ndim <= 1
+            if config.weight_decay and (config.decay_biases or not bias):
+                g = g + config.weight_decay * value
+            step = g
+            if config.momentum:
+                velocity[name] = (
+                    g if t == 0 else config.momentum * velocity[name] + (1 - config.dampening) * g
+                )
+                step = g + config.momentum * velocity[name] if config.nesterov else velocity[name]
+            rate = rates[-1] if bias else rates[0]
+            updated[name] = value - rate * step
+        p = updated
+    losses = F.cross_entropy(
+        network(p, setup.data.evaluation.inputs.double(), mean, var), setup.data.evaluation.labels, reduction="none"
+    )
+    return np.stack(
+        [
+            torch.autograd.grad(
+                losses[list(target.indices)] @ torch.tensor(target.coefficients, dtype=torch.float64),
+                weights,
+                retain_graph=True,
+            )[0].numpy()
+            for target in targets
+        ]
+    )
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_equal_autograd_through_the_unrolled_training(variant: str, tmp_path: Path) -> None:
+    setup = tiny_setup(**VARIANTS[variant])
+    scores = replayed(setup, recorded(setup, tmp_path))
+    expected = unrolled(setup)
+    for found, wanted in zip(scores, expected, strict=True):
+        assert relative(found, wanted) <= 1e-9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_equal_finite_differences_of_real_trainings(variant: str, tmp_path: Path) -> None:
+    setup = tiny_setup(**VARIANTS[variant])
+    scores = replayed(setup, recorded(setup, tmp_path))
+    examples = [0, 5, 17, 30, 47]
+    assert setup.plan.epochs[-1] == 2  # each example is seen in several epochs
+    estimates = np.empty((len(TARGETS), len(examples)))
+    for column, example in enumerate(examples):
+        # Central differences at two step sizes, extrapolated: the error is of fourth order.
+        slopes = []
+        for eps in (2e-3, 1e-3):
+            up, down = (torch.ones(48, dtype=torch.float64) for _ in range(2))
+            up[example] += eps
+            down[example] -= eps
+            slopes.append((measured(setup, up) - measured(setup, down)) / (2 * eps))
+        estimates[:, column] = (4 * slopes[1] - slopes[0]) / 3
+    for found, wanted in zip(scores[:, examples], estimates, strict=True):
+        assert relative(found, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 9, 100])
+def test_memory_and_stream_mode_give_the_same_bits_for_any_checkpoint_distance(every: int, tmp_path: Path) -> None:
+    setup = tiny_setup(record__every=every, train__nesterov=True)
+    recording = recorded(setup, tmp_path / "a")
+    reference = replayed(setup, recorded(tiny_setup(train__nesterov=True), tmp_path / "b"))
+    for mode in ("memory", "stream"):
+        np.testing.assert_array_equal(replayed(setup, recording, mode=mode).view(np.int64), reference.view(np.int64))
+
+
+def test_another_target_beside_it_does_not_change_a_targets_scores(tmp_path: Path) -> None:
+    setup = tiny_setup()
+    recording = recorded(setup, tmp_path)
+    together = replayed(setup, recording)
+    for row, target in enumerate(TARGETS):
+        alone = replayed(setup, recording, (target,))
+        np.testing.assert_array_equal(alone[0].view(np.int64), together[row].view(np.int64))
+
+
+def test_a_combination_is_the_combination_of_its_parts(tmp_path: Path) -> None:
+    setup = tiny_setup()
+    recording = recorded(setup, tmp_path)
+    parts = replayed(setup, recording, tuple(Target.single(index) for index in range(10)))
+    mean = replayed(setup, recording, (Target.mean(range(10), "mean:all"),))
+    assert relative(mean[0], parts.mean(axis=0)) <= 1e-12
+
+
+def test_an_example_that_no_batch_holds_has_score_zero(tmp_path: Path) -> None:
+    setup = tiny_setup(train__batch_size=20)  # two batches of 20 out of 48: eight examples are left out each epoch
+    scores = replayed(setup, recorded(setup, tmp_path))
+    never = np.setdiff1d(np.arange(48), setup.plan.indices)
+    seen = np.unique(setup.plan.indices)
+    if len(never):
+        assert not scores[:, never].any()
+    assert (scores[:, seen] != 0).all()

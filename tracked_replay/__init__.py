@@ -1,0 +1,46 @@
+"""Train a model under MLflow once, then ask exact questions about its training data by run ID.
+
+>>> import tracked_replay as tr
+>>> train_run = tr.train(tr.Config.resolve("digits"))          # doctest: +SKIP
+>>> magic_run = tr.magic(train_run_id=train_run, targets="0-3")  # doctest: +SKIP
+>>> scores = tr.load_scores(magic_run)                          # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracked_replay.config import Config
+    from tracked_replay.errors import TrackedReplayError
+    from tracked_replay.stages.magic import load_scores
+    from tracked_replay.stages.magic import run_magic as magic
+    from tracked_replay.stages.train import run_train as train
+    from tracked_replay.tasks import Examples, Task
+
+__version__ = "0.1.0"
+
+# Imported when first asked for, so that `tracked-replay --help` does not wait for torch and MLflow.
+_PUBLIC = {
+    "Config": ("tracked_replay.config", "Config"),
+    "Examples": ("tracked_replay.tasks", "Examples"),
+    "Task": ("tracked_replay.tasks", "Task"),
+    "TrackedReplayError": ("tracked_replay.errors", "TrackedReplayError"),
+    "load_scores": ("tracked_replay.stages.magic", "load_scores"),
+    "magic": ("tracked_replay.stages.magic", "run_magic"),
+    "train": ("tracked_replay.stages.train", "run_train"),
+}
+
+__all__ = ["Config", "Examples", "Task", "TrackedReplayError", "__version__", "load_scores", "magic", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,29 @@
+"""Errors that a user can cause. Each carries one sentence: what was wrong, what was found, what is allowed."""
+
+
+class TrackedReplayError(Exception):
+    """Base of every error that the command line prints as one sentence instead of a traceback."""
+
+
+class ConfigError(TrackedReplayError, ValueError):
+    """A parameter or config field is unknown, has the wrong type or a value outside what is allowed."""
+
+
+class DataError(TrackedReplayError):
+    """A data set is missing, damaged or does not have the shape that the task promises."""
+
+
+class RunError(TrackedReplayError):
+    """A run that was named cannot be used: it does not exist, is of another stage, or has not finished."""
+
+
+class RecordingError(TrackedReplayError):
+    """A recorded file is missing, damaged or does not match its digest."""
+
+
+class ReplayError(TrackedReplayError):
+    """The replay cannot be exact: a replayed state differs from the recorded one, or a layer has no adjoint."""
+
+
+class NumericalError(TrackedReplayError):
+    """NaN or Inf appeared; the message names the step and the tensor."""

@@ -1,0 +1,26 @@
+"""What a training run leaves behind, as plain files: trace, checkpoints, seeds, generator states, digests."""
+
+from tracked_replay.recording.checkpoints import Checkpoint, read_checkpoint, read_manifest, write_checkpoint
+from tracked_replay.recording.files import file_sha256, state_digest, write_aside, write_json, write_text
+from tracked_replay.recording.reader import Fetch, Recording, folder_source
+from tracked_replay.recording.recorder import Recorder, write_digests
+from tracked_replay.recording.trace import Trace, read_trace
+
+__all__ = [
+    "Checkpoint",
+    "Fetch",
+    "Recorder",
+    "Recording",
+    "Trace",
+    "file_sha256",
+    "folder_source",
+    "read_checkpoint",
+    "read_manifest",
+    "read_trace",
+    "state_digest",
+    "write_aside",
+    "write_checkpoint",
+    "write_digests",
+    "write_json",
+    "write_text",
+]

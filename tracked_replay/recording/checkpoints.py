@@ -1,0 +1,85 @@
+"""Checkpoints: one safetensors file a recorded state, and the manifest that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+
+from tracked_replay.errors import RecordingError
+from tracked_replay.recording.files import content_digest, state_digest, write_aside, write_bytes
+from tracked_replay.training.state import State
+
+FOLDER = "checkpoints"
+MANIFEST = f"{FOLDER}/manifest.parquet"
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("digest", pa.string(), nullable=False),
+        pa.field("file_digest", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A row of the manifest.
+
+    Attributes:
+        step: steps taken before the state was saved.
+        file: path inside the run's artifacts.
+        digest: :func:`~tracked_replay.recording.files.state_digest` of the state.
+        file_digest: xxh3-128 of the file's bytes.
+        bytes: size of the file.
+    """
+
+    step: int
+    file: str
+    digest: str
+    file_digest: str
+    bytes: int
+
+
+def write_checkpoint(root: Path, state: State) -> Checkpoint:
+    """Save a state under ``root/checkpoints``; the same state always gives the same bytes."""
+    file = f"{FOLDER}/step-{state.step:06d}.safetensors"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.flat().items()}
+    content = safetensors.torch.save(tensors, metadata={"format": "pt", "step": str(state.step)})
+    write_bytes(root / file, content)
+    return Checkpoint(state.step, file, state_digest(state), content_digest(content), len(content))
+
+
+def read_checkpoint(path: Path, checkpoint: Checkpoint) -> State:
+    """Read a state back and check it against the manifest.
+
+    Raises:
+        RecordingError: the file's bytes are not those that were written.
+    """
+    content = path.read_bytes()
+    if content_digest(content) != checkpoint.file_digest:
+        raise RecordingError(
+            f"{checkpoint.file} is damaged: its {len(content)} bytes have the digest {content_digest(content)}, "
+            f"recorded were {checkpoint.bytes} bytes with {checkpoint.file_digest}"
+        )
+    return State.from_flat(checkpoint.step, safetensors.torch.load(content))
+
+
+def write_manifest(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
+    """Write ``checkpoints/manifest.parquet``, sorted by step."""
+    rows = [asdict(checkpoint) for checkpoint in sorted(checkpoints, key=lambda row: row.step)]
+    table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+    write_aside(root / MANIFEST, lambda temporary: pq.write_table(table, temporary))
+
+
+def read_manifest(path: Path) -> Sequence[Checkpoint]:
+    """Rows of the manifest, sorted by step."""
+    table = pq.read_table(path)
+    return [Checkpoint(**{name: row[name] for name in MANIFEST_SCHEMA.names}) for row in table.to_pylist()]

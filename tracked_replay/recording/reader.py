@@ -1,0 +1,108 @@
+"""Reads a recorded training run back and checks every byte it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from tracked_replay.config import Config
+from tracked_replay.errors import RecordingError
+from tracked_replay.recording import checkpoints, recorder, trace
+from tracked_replay.recording.files import file_sha256
+from tracked_replay.training.state import State
+
+Fetch = Callable[[str], AbstractContextManager[Path]]
+
+
+def folder_source(root: Path) -> Fetch:
+    """Fetch files from a folder, in place."""
+
+    @contextmanager
+    def fetch(name: str) -> Iterator[Path]:
+        path = root / name
+        if not path.is_file():
+            raise RecordingError(f"{name} is missing from {root}")
+        yield path
+
+    return fetch
+
+
+class Recording:
+    """A recorded training run, wherever its files are.
+
+    Args:
+        fetch: opens a file by its path inside the run's artifacts; it may be a temporary copy that goes away when the
+            context closes. Raises RecordingError where the file is missing.
+        identity: SHA-256 of ``digests.json`` as it was recorded; ``None`` skips that check.
+    """
+
+    def __init__(self, fetch: Fetch, identity: str | None = None) -> None:
+        self._fetch = fetch
+        self._identity = identity
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the recorded files by path. Raises RecordingError where they were changed."""
+        with self._fetch(recorder.DIGESTS) as path:
+            found = file_sha256(path)
+            if self._identity is not None and found != self._identity:
+                raise RecordingError(
+                    f"{recorder.DIGESTS} is damaged: its SHA-256 is {found}, recorded was {self._identity}"
+                )
+            digests: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+            return digests
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        """A recorded file whose SHA-256 was checked.
+
+        Raises:
+            RecordingError: the file is not part of the recording, missing, or was changed.
+        """
+        if name not in self.digests:
+            raise RecordingError(f"{name} is not part of the recording")
+        with self._fetch(name) as path:
+            found = file_sha256(path)
+            if found != self.digests[name]:
+                raise RecordingError(f"{name} is damaged: its SHA-256 is {found}, recorded was {self.digests[name]}")
+            yield path
+
+    @cached_property
+    def config(self) -> Config:
+        """The recorded config."""
+        with self.open(recorder.CONFIG) as path:
+            return Config.from_toml(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def trace(self) -> trace.Trace:
+        """The recorded trace."""
+        names = sorted(name for name in self.digests if name.startswith(f"{trace.FOLDER}/"))
+        if not names:
+            raise RecordingError("the recording has no trace")
+        paths = []
+        # The parts are read while all of them are held open: a fetched copy lives only as long as its context.
+        from contextlib import ExitStack
+
+        with ExitStack() as stack:
+            for name in names:
+                paths.append(stack.enter_context(self.open(name)))
+            return trace.read_trace(paths)
+
+    @cached_property
+    def checkpoints(self) -> Sequence[checkpoints.Checkpoint]:
+        """Rows of the manifest, sorted by step."""
+        with self.open(checkpoints.MANIFEST) as path:
+            return checkpoints.read_manifest(path)
+
+    @cached_property
+    def final(self) -> checkpoints.Checkpoint:
+        """The checkpoint after the last step."""
+        return self.checkpoints[-1]
+
+    def state(self, checkpoint: checkpoints.Checkpoint) -> State:
+        """Read a checkpoint. Raises RecordingError where its file is missing or was changed."""
+        with self._fetch(checkpoint.file) as path:
+            return checkpoints.read_checkpoint(path, checkpoint)

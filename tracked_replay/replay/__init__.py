@@ -1,0 +1,25 @@
+"""The replay: the exact adjoint of a recorded training, traversed from the last step to the first."""
+
+from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
+from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
+from tracked_replay.replay.states import choose_mode, states_backward
+from tracked_replay.replay.targets import Target, parse_targets
+from tracked_replay.replay.traversal import StepScores, replay, require_recorded_plan
+
+__all__ = [
+    "Cotangent",
+    "PerStepWriter",
+    "ScoreSum",
+    "StepAdjoint",
+    "StepScores",
+    "Target",
+    "choose_mode",
+    "curves",
+    "influence_table",
+    "measurement_cotangent",
+    "parse_targets",
+    "replay",
+    "require_recorded_plan",
+    "states_backward",
+    "write_influence",
+]

@@ -1,0 +1,272 @@
+"""The adjoint of one training step, and of the measurement that the replay starts from.
+
+Notation as in docs/how-it-works.md: λ are cotangents (the derivative of the measurement φ with respect to a state's
+tensors), θ parameters, v momentum, b running statistics, w example weights, q = ∂φ/∂g for the step's gradient g.
+Sources: reverse accumulation through the training, "replay", is Engstrom et al., "Optimizing ML Training with
+Metagradient Descent" (2025), section 2; its use for data attribution, MAGIC, is Ilyas and Engstrom, "MAGIC:
+Near-Optimal Data Attribution for Deep Learning" (2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from tracked_replay.config import ReplayConfig
+from tracked_replay.errors import NumericalError, ReplayError
+from tracked_replay.replay.differentiable import DifferentiableModel
+from tracked_replay.replay.targets import Target
+from tracked_replay.tasks import Task, TaskData
+from tracked_replay.training.groups import ParameterGroup
+from tracked_replay.training.state import State, Tensors
+from tracked_replay.training.step import TrainingStep, gradient, seed_step, weighted_loss
+
+MEASUREMENT_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Cotangent:
+    """∂φ/∂state, tensor by tensor.
+
+    Attributes:
+        parameters: λθ.
+        statistics: λb of the running statistics; counters and constants have none.
+        momentum: λv; empty where the state has no momentum yet.
+    """
+
+    parameters: Tensors
+    statistics: Tensors
+    momentum: Tensors
+
+
+@dataclass
+class ClipCounts:
+    """How often the clipping options changed the replay: numbers of steps."""
+
+    gradient_clipped: int = 0
+    parameters_clipped: int = 0
+    parameter_warnings: int = 0
+    changed: int = 0
+
+
+@dataclass
+class StepAdjoint:
+    """Pulls cotangents of the state after a step back to the state before it, and gives the example scores.
+
+    Attributes:
+        step: the training step it is the adjoint of.
+        model: the differentiable copy of its model.
+        config: clipping options; all off by default, and then the adjoint is exact.
+        clips: what clipping did so far.
+    """
+
+    step: TrainingStep
+    config: ReplayConfig = field(default_factory=ReplayConfig)
+    clips: ClipCounts = field(default_factory=ClipCounts)
+
+    def __post_init__(self) -> None:
+        self.model = DifferentiableModel(self.step.model)
+
+    def pull_back(
+        self,
+        before: State,
+        after: State,
+        inputs: Tensor,
+        labels: Tensor,
+        learning_rates: Sequence[float],
+        cotangents: Sequence[Cotangent],
+    ) -> tuple[list[Cotangent], Tensor]:
+        """The adjoint of step ``before.step``, for any number of targets on one retained gradient graph.
+
+        Args:
+            before: the state the step started from; the point of linearisation.
+            after: the state it led to.
+            inputs: model inputs of the batch, (B, ...).
+            labels: (B,).
+            learning_rates: one a parameter group.
+            cotangents: ∂φ/∂after, one a target.
+
+        Returns:
+            ∂φ/∂before, one a target, and ∂φ/∂w at w = 1 as a (targets, B) tensor.
+
+        Raises:
+            ReplayError: a layer changes a buffer and has no adjoint.
+            NumericalError: NaN or Inf in a cotangent.
+        """
+        self._require_known_buffers(before, after)
+        parameters = {name: tensor.detach().requires_grad_() for name, tensor in before.parameters.items()}
+        statistics = {name: before.buffers[name].detach().requires_grad_() for name in self.model.statistics}
+        weights = torch.ones(len(labels), dtype=inputs.dtype, device=inputs.device, requires_grad=True)
+        gradients, updated = self._graph(before, parameters, statistics, weights, inputs, labels)
+
+        parameter_scales = self._parameter_scales(after)
+        gradient_scale = self._gradient_scale(gradients)
+        self.clips.changed += gradient_scale < 1 or bool(parameter_scales)
+
+        outputs = [*gradients.values(), *updated.values()]
+        sources = [*parameters.values(), *statistics.values(), weights]
+        results, scores = [], []
+        for position, cotangent in enumerate(cotangents):
+            passed, momentum, q = self._through_optimizer(before, learning_rates, cotangent, parameter_scales)
+            tangents = [q[name] * gradient_scale if gradient_scale < 1 else q[name] for name in gradients]
+            tangents += [cotangent.statistics[name] for name in updated]
+            pulled = torch.autograd.grad(
+                outputs,
+                sources,
+                tangents,
+                retain_graph=position + 1 < len(cotangents),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            products = dict(zip(parameters, pulled, strict=False))
+            result = Cotangent(
+                parameters={name: passed[name] + products[name] for name in parameters},
+                statistics=dict(zip(statistics, pulled[len(parameters) :], strict=False)),
+                momentum=momentum,
+            )
+            results.append(result)
+            scores.append(pulled[-1])
+        stacked = torch.stack(scores)
+        _require_finite(before.step, stacked, results)
+        return results, stacked
+
+    def _graph(
+        self, before: State, parameters: Tensors, statistics: Tensors, weights: Tensor, inputs: Tensor, labels: Tensor
+    ) -> tuple[Tensors, Tensors]:
+        """The batch gradient and the next running statistics, both as differentiable functions."""
+        seed_step(self.step.seed, before.step)
+        self.model.module.train()
+        tensors = {**before.buffers, **parameters, **statistics}
+        outputs = functional_call(self.model.module, tensors, (inputs,))
+        updated = self.model.updated_statistics()
+        loss = weighted_loss(self.step.per_example_loss(outputs, labels), weights)
+        return gradient(loss, parameters, create_graph=True), updated
+
+    def _through_optimizer(
+        self, before: State, learning_rates: Sequence[float], cotangent: Cotangent, scales: dict[str, float]
+    ) -> tuple[Tensors, Tensors, Tensors]:
+        """The elementwise adjoint of SGD: what passes to θ directly (weight decay included), λv, and q = ∂φ/∂g."""
+        passed: Tensors = {}
+        momentum: Tensors = {}
+        q: Tensors = {}
+        for group, lr in zip(self.step.groups, learning_rates, strict=True):
+            for name in group.parameters:
+                incoming = cotangent.parameters[name]
+                if name in scales:
+                    incoming = incoming * scales[name]
+                q[name], carried = _sgd_adjoint(
+                    group, lr, incoming, cotangent.momentum.get(name), first=name not in before.momentum
+                )
+                if carried is not None:
+                    momentum[name] = carried
+                passed[name] = incoming + group.weight_decay * q[name] if group.weight_decay else incoming
+        return passed, momentum, q
+
+    def _gradient_scale(self, gradients: Tensors) -> float:
+        if not self.config.clip_gradient:
+            return 1.0
+        norm = float(torch.nn.utils.get_total_norm([tensor.detach() for tensor in gradients.values()]))
+        if norm <= self.config.clip_gradient_norm:
+            return 1.0
+        self.clips.gradient_clipped += 1
+        return self.config.clip_gradient_norm / norm
+
+    def _parameter_scales(self, after: State) -> dict[str, float]:
+        if not self.config.clip_parameters:
+            return {}
+        norms = {name: float(tensor.norm()) for name, tensor in after.parameters.items()}
+        limit = self.config.clip_parameter_norm
+        self.clips.parameter_warnings += any(
+            norm > self.config.clip_parameter_norm_warning for norm in norms.values()
+        )
+        scales = {name: limit / norm for name, norm in norms.items() if norm > limit}
+        self.clips.parameters_clipped += bool(scales)
+        return scales
+
+    def _require_known_buffers(self, before: State, after: State) -> None:
+        known = {*self.model.statistics, *self.model.counters}
+        for name, tensor in before.buffers.items():
+            if name not in known and not torch.equal(tensor, after.buffers[name]):
+                raise ReplayError(
+                    f"step {before.step} changes the buffer {name!r}, which has no adjoint here, so scores would be "
+                    f"wrong; buffers that may change: running statistics of nn.BatchNorm1d, 2d and 3d"
+                )
+
+
+def _sgd_adjoint(
+    group: ParameterGroup, lr: float, incoming: Tensor, momentum_cotangent: Tensor | None, *, first: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Adjoint of torch.optim.SGD's update of one tensor.
+
+    Forward, with g the gradient plus weight decay: ``v' = μ v + (1 − damp) g`` (``v' = g`` on the first step),
+    ``d = g + μ v'`` with Nesterov, else ``v'``, and ``θ' = θ − lr · d``.
+
+    Args:
+        group: the parameter's group.
+        lr: learning rate of the step.
+        incoming: λθ' of the updated parameter.
+        momentum_cotangent: λv' of the updated momentum; ``None`` means 0.
+        first: whether the step made the momentum buffer.
+
+    Returns:
+        q = ∂φ/∂g, and λv of the momentum before the step (``None`` where there was none).
+    """
+    direction = incoming * -lr
+    if not group.momentum:
+        return direction, None
+    reaching = group.momentum * direction if group.nesterov else direction
+    if momentum_cotangent is not None:
+        reaching = reaching + momentum_cotangent
+    q = reaching if first else (1 - group.dampening) * reaching
+    if group.nesterov:
+        q = direction + q
+    return q, None if first else group.momentum * reaching
+
+
+def measurement_cotangent(adjoint: StepAdjoint, task: Task, data: TaskData, final: State, target: Target) -> Cotangent:
+    """∂φ/∂final for a target, in eval mode: the running statistics are differentiated too.
+
+    Args:
+        adjoint: gives the differentiable model.
+        task: defines the measurement.
+        data: evaluation examples.
+        final: the state after the last step.
+        target: φ = Σ cⱼ · measurement(j).
+    """
+    parameters = {name: tensor.detach().requires_grad_() for name, tensor in final.parameters.items()}
+    statistics = {name: final.buffers[name].detach().requires_grad_() for name in adjoint.model.statistics}
+    sources = [*parameters.values(), *statistics.values()]
+    total = [torch.zeros_like(tensor) for tensor in sources]
+    module = adjoint.model.module.eval()
+    indices = torch.tensor(target.indices)
+    coefficients = torch.tensor(target.coefficients, dtype=torch.float64)
+    for chosen, factors in zip(indices.split(MEASUREMENT_BATCH), coefficients.split(MEASUREMENT_BATCH), strict=True):
+        batch = data.evaluation_batch(chosen)
+        outputs = functional_call(module, {**final.buffers, **parameters, **statistics}, (batch.inputs,))
+        values = task.measurement(outputs, batch.labels)
+        if values.ndim != 1:
+            raise ReplayError(f"the task's measurement must have shape (batch,); found {tuple(values.shape)}")
+        factors = factors.to(device=values.device, dtype=values.dtype)
+        pulled = torch.autograd.grad((values * factors).sum(), sources, allow_unused=True, materialize_grads=True)
+        total = [sum_ + part for sum_, part in zip(total, pulled, strict=True)]
+    count = len(parameters)
+    return Cotangent(
+        parameters=dict(zip(parameters, total[:count], strict=True)),
+        statistics=dict(zip(statistics, total[count:], strict=True)),
+        momentum={},
+    )
+
+
+def _require_finite(step: int, scores: Tensor, cotangents: Sequence[Cotangent]) -> None:
+    norms = [torch.nn.utils.get_total_norm([*c.parameters.values(), *c.momentum.values()]) for c in cotangents]
+    if all(math.isfinite(float(norm)) for norm in norms) and bool(torch.isfinite(scores).all()):
+        return
+    raise NumericalError(
+        f"the replay of step {step} gave NaN or Inf: the training amplifies small changes beyond what floating point "
+        f"holds; a smoother training (lower train.lr, larger train.batch_size) or train.dtype=float64 helps"
+    )

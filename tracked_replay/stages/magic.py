@@ -1,0 +1,358 @@
+"""Stage ``magic``: the exact influence of every training example on the targets, by replaying a recorded training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracked_replay import report
+from tracked_replay.config import Config, parse_overrides
+from tracked_replay.errors import ConfigError, DataError, ReplayError
+from tracked_replay.progress import progress
+from tracked_replay.recording import Recording, state_digest, write_digests, write_json, write_text
+from tracked_replay.recording.recorder import CONFIG
+from tracked_replay.replay import (
+    PerStepWriter,
+    ScoreSum,
+    StepAdjoint,
+    Target,
+    choose_mode,
+    curves,
+    influence_table,
+    parse_targets,
+    replay,
+    write_influence,
+)
+from tracked_replay.replay.scores import INFLUENCE, TARGETS
+from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, save_figure, train_stage
+from tracked_replay.tracking import (
+    StageRun,
+    artifacts_of,
+    find_finished,
+    names,
+    point_to,
+    resolve,
+    stage_run,
+    ui_path,
+)
+from tracked_replay.training import TrainingSetup, evaluate, set_up
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = ("seed", "data", "model", "train", "record", "replay", "report")
+REPLAY_SECTIONS = ("replay", "report")
+FIGURES = 32  # targets that get figures of their own
+CURVES = 5  # helpful and harmful examples in a figure over training time
+
+
+def magic_stage(
+    problem: Problem, targets: Sequence[Target], train_run_id: str | None, *, force: bool = False, may_point: bool = True
+) -> Outcome:
+    """Replay a recorded training (trained first where no run is named and none matches).
+
+    Args:
+        problem: config, task and data.
+        targets: what influence is asked on.
+        train_run_id: the recording; ``None`` looks for a match or trains.
+        force: replay even where a FINISHED run with the same fingerprint exists (and train again, where no run is
+            named).
+        may_point: see :func:`~tracked_replay.stages.train.train_stage`.
+    """
+    title = f"magic · {problem.task.name} · {len(targets)} target{'s' if len(targets) != 1 else ''}"
+    known = train_run_id or _matching_training(problem, force)
+    if known is not None:
+        if train_run_id is None:
+            logger.info("reusing training run %s (same config, data and code)", known)
+        fingerprint = _fingerprint(problem, targets, known)
+        found = None if force else find_finished(names.MAGIC, fingerprint)
+        if found is not None:
+            logger.info("reusing influence run %s (same training run, targets, config and code)", found)
+            if may_point:
+                point_to(names.MAGIC, found, title, {"train_run_id": known})
+            return Outcome(found, reused=True)
+        setup = _checked_setup(problem, open_recording(known))
+        with stage_run(names.MAGIC, fingerprint, title, {"train_run_id": known}) as run:
+            _magic(problem, setup, open_recording(known), targets, known, run)
+            return Outcome(run.run_id, reused=False)
+    set_up(problem.config, problem.task, problem.data)  # a device that is not there leaves no run behind
+    with stage_run(names.MAGIC, None, title, {}) as run:
+        trained = train_stage(problem, force=force).run_id
+        run.tag({f"{names.INPUT}train_run_id": trained})
+        run.fingerprint = _fingerprint(problem, targets, trained)
+        recording = open_recording(trained)
+        _magic(problem, _checked_setup(problem, recording), recording, targets, trained, run)
+        return Outcome(run.run_id, reused=False)
+
+
+def _matching_training(problem: Problem, force: bool) -> str | None:
+    from tracked_replay.stages import train
+
+    return None if force else find_finished(names.TRAIN, problem.fingerprint(names.TRAIN, train.SECTIONS, {}))
+
+
+def _fingerprint(problem: Problem, targets: Sequence[Target], train_run_id: str) -> str:
+    return problem.fingerprint(
+        names.MAGIC,
+        SECTIONS,
+        {"train_run_id": train_run_id},
+        targets=[target.to_json_dict() for target in targets],
+    )
+
+
+def _checked_setup(problem: Problem, recording: Recording) -> TrainingSetup:
+    """The setup of the recorded run, if this is still its data and its step.
+
+    Raises:
+        DataError: the data are not those that were trained on.
+        ReplayError: a step taken here differs from the recorded one.
+    """
+    with recording.open(DATA) as path:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded["fingerprint"] != problem.data_fingerprint:
+        raise DataError(
+            f"the data differ from those of the training run: their fingerprint is {problem.data_fingerprint[:16]}…, "
+            f"recorded was {recorded['fingerprint'][:16]}… "
+            f"({recorded['train_examples']} training and {recorded['evaluation_examples']} evaluation examples)"
+        )
+    setup = set_up(problem.config, problem.task, problem.data)
+    _check_steps(setup, recording)
+    return setup
+
+
+def _check_steps(setup: TrainingSetup, recording: Recording) -> None:
+    """Take a few recorded steps again: the loss and model that are differentiated must be those that were trained."""
+    digests = (*recording.trace.state_digests, recording.final.digest)
+    starts = recording.checkpoints[:-1]
+    for place in sorted({0, len(starts) // 2, len(starts) - 1}):
+        checkpoint = starts[place]
+        (after, _), _ = setup.take(recording.state(checkpoint).to(setup.device))
+        if state_digest(after) != digests[after.step]:
+            raise ReplayError(
+                f"step {checkpoint.step}: taken again from its checkpoint it leads to another state than was recorded; "
+                f"the task's code, a library, the processor or the device is not the one of the training run"
+            )
+
+
+def _magic(
+    problem: Problem,
+    setup: TrainingSetup,
+    recording: Recording,
+    targets: Sequence[Target],
+    train_run_id: str,
+    run: StageRun,
+) -> None:
+    config = problem.config
+    log_problem(problem, run)
+    exact = config.replay.exact
+    run.tag({names.EXACT: str(exact).lower()})
+    mode = choose_mode(config.replay.mode, setup, recording)
+    run.params({"replay_mode_used": mode, "targets_count": len(targets)})
+    adjoint = StepAdjoint(setup.step, config.replay)
+    total = ScoreSum(targets, problem.data.num_train)
+    absolute = np.zeros((len(targets), recording.trace.steps))
+    with tempfile.TemporaryDirectory(prefix="tracked-replay-magic-") as folder, tempfile.TemporaryDirectory() as aside:
+        root, per_step_root = Path(folder), Path(folder) if config.replay.per_step else Path(aside)
+        write_text(root / CONFIG, config.to_toml())
+        per_step = PerStepWriter(per_step_root, targets)
+        started = time.perf_counter()
+        steps = replay(setup, recording, targets, adjoint, mode)
+        for step in progress(steps, recording.trace.steps, f"replay ({mode})"):
+            total.add(step)
+            per_step.add(step)
+            absolute[:, step.step] = np.abs(step.scores).sum(axis=1)
+        per_step.flush()
+        run.metric("replay/seconds", time.perf_counter() - started)
+        labels = problem.data.train.labels.cpu().numpy()
+        write_influence(root, influence_table(targets, total.scores, labels))
+        values = _measurements(setup, recording, targets)
+        write_json(root / TARGETS, [target.to_json_dict() | {"measurement": value} for target, value in values])
+        for t, value in enumerate(absolute.mean(axis=0)):
+            run.metric("influence/absolute_sum_of_step", value, t)
+        if not exact:
+            for name, count in dataclasses.asdict(adjoint.clips).items():
+                run.metric(f"clip/steps_{name}", count)
+        _figures(root, per_step_root, problem, recording, values, total.scores, absolute)
+        for place, (target, _) in enumerate(values[:FIGURES]):
+            if len(target.indices) == 1:
+                picture = problem.task.draw(problem.data.evaluation.inputs[target.indices[0]])
+                run.image(picture, key="targets", step=place)
+        run.table(_top_examples(problem, targets, total.scores), "tables/top_examples.json")
+        run.describe(_description(problem, targets, train_run_id, mode, exact))
+        run.tag({names.DIGESTS: write_digests(root)})
+        run.artifacts(root)
+
+
+def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
+    measured = evaluate(setup, recording.state(recording.final).to(setup.device)).measurements
+    return [(target, float(measured[list(target.indices)] @ np.array(target.coefficients))) for target in targets]
+
+
+def _extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training indices of the most helpful (most negative) and the most harmful scores, strongest first."""
+    order = np.argsort(scores, kind="stable")
+    helpful = order[:count][scores[order[:count]] < 0]
+    harmful = order[::-1][:count]
+    return helpful, harmful[scores[harmful] > 0]
+
+
+def _top_examples(problem: Problem, targets: Sequence[Target], scores: np.ndarray) -> dict[str, list[Any]]:
+    label_names, labels = problem.task.label_names, problem.data.train.labels.cpu().numpy()
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("target", "effect", "rank", "train_index", "label", "label_name", "score")
+    }
+    for target, values in zip(targets, scores, strict=True):
+        sides = zip(("helps", "harms"), _extremes(values, problem.config.report.examples), strict=True)
+        for effect, found in sides:
+            for rank, index in enumerate(found, start=1):
+                label = int(labels[index])
+                row = (target.name, effect, rank, int(index), label, label_names[label], float(values[index]))
+                for column, value in zip(rows.values(), row, strict=True):
+                    column.append(value)
+    return rows
+
+
+def _picture(problem: Problem, index: int, score: float) -> report.Picture:
+    label = problem.task.label_names[int(problem.data.train.labels[index])]
+    return report.Picture(problem.task.draw(problem.data.train.inputs[index].cpu()), label, index, score)
+
+
+def _figures(
+    root: Path,
+    per_step_root: Path,
+    problem: Problem,
+    recording: Recording,
+    values: Sequence[tuple[Target, float]],
+    scores: np.ndarray,
+    absolute: np.ndarray,
+) -> None:
+    data, trace = problem.data, recording.trace
+    steps = np.arange(trace.steps)
+    targets = [target for target, _ in values]
+    if len(targets) > FIGURES:
+        logger.info("figures for the first %d of %d targets; all scores are in %s", FIGURES, len(targets), INFLUENCE)
+    for (target, value), found in progress(zip(values[:FIGURES], scores, strict=False), min(len(values), FIGURES), "figures", "target"):
+        helpful, harmful = _extremes(found, problem.config.report.examples)
+        if not len(helpful) and not len(harmful):
+            logger.warning("target %s: no training example has any influence on it, so it gets no figure", target.name)
+            continue
+        file = target.name.replace(":", "-").replace(",", "_")[:40]
+        if len(target.indices) == 1:
+            index = target.indices[0]
+            label = problem.task.label_names[int(data.evaluation.labels[index])]
+            shown = report.Picture(problem.task.draw(data.evaluation.inputs[index].cpu()), label, index, value)
+            figure = report.extremes_figure(
+                shown,
+                [_picture(problem, int(i), found[i]) for i in helpful],
+                [_picture(problem, int(i), found[i]) for i in harmful],
+                f"Influence on the measurement of evaluation example {index}",
+            )
+            save_figure(root, f"target-{file}-extremes", figure)
+        chosen = [*helpful[:CURVES], *harmful[:CURVES]]
+        along = curves(per_step_root, target, chosen, trace.steps)
+        names_of = [f"{index} ({problem.task.label_names[int(data.train.labels[index])]})" for index in chosen]
+        split = len(helpful[:CURVES])
+        figure = report.influence_over_training_figure(
+            along[:split],
+            along[split:],
+            steps,
+            trace.learning_rates,
+            f"Target {target.name}: cumulative influence along training",
+            helpful_labels=names_of[:split],
+            harmful_labels=names_of[split:],
+            losses=trace.losses,
+        )
+        save_figure(root, f"target-{file}-over-training", figure)
+    histogram = {target.name: found for target, found in zip(targets, scores, strict=True)}
+    save_figure(root, "score-histogram", report.score_histogram_figure(histogram, "Influence scores"))
+    share = report.influence_share_over_training_figure(absolute, [target.name for target in targets], steps)
+    save_figure(root, "influence-share-over-training", share)
+
+
+def _description(
+    problem: Problem, targets: Sequence[Target], train_run_id: str, mode: str, exact: bool
+) -> str:
+    shown = ", ".join(target.name for target in targets[:12]) + (", …" if len(targets) > 12 else "")
+    kind = "Exact influence" if exact else "**Inexact** influence (clipping was on)"
+    return (
+        f"{kind} of each of the {problem.data.num_train} training examples of {problem.task.name} on the "
+        f"targets {shown}.\n\n"
+        f"A positive score means that the example raises the measurement (for a loss: it harms).\n\n"
+        f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
+        f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest\n"
+        f"- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores(run_id)`\n"
+    )
+
+
+def load_scores(run_id: str) -> pa.Table:
+    """The influence scores of a finished ``magic`` run.
+
+    Args:
+        run_id: the run.
+
+    Returns:
+        A table with ``target`` (evaluation index; negative for combinations, which ``scores/targets.json`` lists),
+        ``train_index``, ``label`` and ``score`` = ∂measurement/∂weight of that example at weight 1.
+
+    Raises:
+        RunError: no such run, another stage, or not finished.
+        RecordingError: the scores are missing or damaged.
+    """
+    run = resolve(run_id, names.MAGIC, "run_id")
+    recording = Recording(artifacts_of(run.info.run_id), run.data.tags[names.DIGESTS])
+    with recording.open(INFLUENCE) as path:
+        return pq.read_table(path)
+
+
+def run_magic(
+    train_run_id: str | None = None,
+    targets: str | int | Sequence[int] = "0",
+    *,
+    config: Config | None = None,
+    overrides: str | dict[str, Any] = "",
+    data_root: str | None = None,
+    force: bool = False,
+) -> str:
+    """Exact influence of all training examples on the targets.
+
+    Args:
+        train_run_id: a finished ``train`` run; its recorded config holds, and ``overrides`` may change ``replay.*``
+            and ``report.*`` only. Where it is ``None``, a matching run is reused or one is trained.
+        targets: see :func:`~tracked_replay.replay.parse_targets`.
+        config: what to train, where no run is named; the digits preset where it is ``None``.
+        overrides: changes to the config.
+        data_root: where the data are now.
+        force: compute even where a FINISHED run with the same fingerprint exists.
+
+    Returns:
+        The ID of the MLflow run that holds the scores.
+
+    Raises:
+        TrackedReplayError: one clear sentence about what was wrong.
+    """
+    pairs = parse_overrides(overrides) if isinstance(overrides, str) else dict(overrides)
+    if train_run_id:
+        if config is not None:
+            raise ConfigError("config: a config and train_run_id were both given; allowed: one of them")
+        wrong = [name for name in pairs if name.split(".")[0] not in REPLAY_SECTIONS and name != "data.root"]
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]}: cannot be changed for the recorded training run {train_run_id}; allowed with "
+                f"train_run_id: fields of {' and '.join(REPLAY_SECTIONS)}, and data.root"
+            )
+        config = open_recording(train_run_id).config
+        train_run_id = resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id
+    config = (config or Config.resolve()).override(pairs | ({"data.root": data_root} if data_root else {}))
+    problem = Problem.load(config)
+    chosen = parse_targets(targets, problem.data.num_evaluation)
+    return magic_stage(problem, chosen, train_run_id, force=force).run_id

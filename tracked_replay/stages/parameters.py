@@ -1,0 +1,106 @@
+"""The parameters of each stage: one definition for the command line, ``MLproject`` and the documentation.
+
+Every value arrives as text, because ``mlflow run`` cannot leave a parameter out: an empty one means "not given".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tracked_replay.config import Config, parse_overrides
+from tracked_replay.errors import ConfigError
+
+
+class StageParameters(BaseModel):
+    """Parameters that every stage takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str = Field(
+        default="digits",
+        description="digits, cifar10-small, cifar10, or the path of a TOML file of that form",
+        examples=["cifar10-small"],
+    )
+    seed: str = Field(default="", description="master seed; empty: the preset's", examples=["7"])
+    data_root: str = Field(default="", description="folder that holds the data set; empty: the preset's", examples=["data"])
+    set: str = Field(
+        default="", description="overrides of config fields", examples=["train.epochs=3,train.batch_size=64"]
+    )
+    force: bool = Field(default=False, description="compute even where a finished run has the same fingerprint")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="least severe messages that are shown"
+    )
+    log_file: str = Field(default="", description="file that also gets the log messages", examples=["run.log"])
+
+    @field_validator("force", mode="before")
+    @classmethod
+    def _empty_is_false(cls, value: object) -> object:
+        return False if value == "" else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return (value.upper() or "INFO") if isinstance(value, str) else value
+
+    @field_validator("preset", mode="before")
+    @classmethod
+    def _default_preset(cls, value: object) -> object:
+        return value or "digits"
+
+    def config(self) -> Config:
+        """The resolved config. Raises ConfigError."""
+        return Config.resolve(self.preset, seed=self.seed, data_root=self.data_root, overrides=self.set)
+
+
+class TrainParameters(StageParameters):
+    """Record a deterministic training run."""
+
+
+class ShowConfigParameters(StageParameters):
+    """Print the resolved config, or what is wrong with it; run nothing."""
+
+
+class MagicParameters(StageParameters):
+    """Compute the exact influence of all training examples on the targets.
+
+    Reuses a matching finished training run, or trains first.
+    """
+
+    train_run_id: str = Field(
+        default="", description="a finished train run to replay; empty: find or make one", examples=["4f0c…"]
+    )
+    targets: str = Field(
+        default="0",
+        description="evaluation examples: an index, a range, a list, all, or mean:RANGE; several joined by ;",
+        examples=["0-7"],
+    )
+    replay_mode: Literal["", "auto", "memory", "stream"] = Field(
+        default="", description="where replayed states are kept: auto, memory or stream; empty: the preset's"
+    )
+
+    def overrides(self) -> dict[str, str]:
+        """``set`` and ``replay_mode`` as config overrides. Raises ConfigError."""
+        pairs = parse_overrides(self.set)
+        if self.replay_mode:
+            if "replay.mode" in pairs and pairs["replay.mode"] != self.replay_mode:
+                raise ConfigError(f"replay_mode: found {self.replay_mode!r}, but set says replay.mode={pairs['replay.mode']}")
+            pairs["replay.mode"] = self.replay_mode
+        return pairs
+
+
+def parse(model: type[StageParameters], values: dict[str, object]) -> StageParameters:
+    """Validate the parameters of a stage. Raises ConfigError."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = str(problem["loc"][0])
+        schema = model.model_json_schema()["properties"].get(name, {})
+        allowed = ", ".join(filter(None, schema.get("enum", []))) or {"boolean": "true or false"}.get(
+            schema.get("type", ""), "text"
+        )
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(f"{name}: unknown parameter; allowed: {', '.join(model.model_fields)}") from None
+        raise ConfigError(f"{name}: found {problem['input']!r}; allowed: {allowed}") from None

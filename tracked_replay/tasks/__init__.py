@@ -1,0 +1,23 @@
+"""Tasks: data, model, loss and measurement; the built-in ones, and the loader for a user's own."""
+
+from tracked_replay.tasks._augment import augment_images
+from tracked_replay.tasks._cifar10 import Cifar10
+from tracked_replay.tasks._data import Batch, TaskData
+from tracked_replay.tasks._digits import Digits
+from tracked_replay.tasks._examples import Examples
+from tracked_replay.tasks._load import BUILT_IN_TASKS, load_task
+from tracked_replay.tasks._task import Task
+from tracked_replay.tasks.resnet9 import ResNet9
+
+__all__ = [
+    "BUILT_IN_TASKS",
+    "Batch",
+    "Cifar10",
+    "Digits",
+    "Examples",
+    "ResNet9",
+    "Task",
+    "TaskData",
+    "augment_images",
+    "load_task",
+]

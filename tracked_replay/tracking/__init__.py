@@ -1,0 +1,32 @@
+"""The only place that knows MLflow: a stage as a run, lineage, artifacts, lookup by fingerprint."""
+
+from tracked_replay.tracking import names
+from tracked_replay.tracking.fingerprint import code_digest, fingerprint
+from tracked_replay.tracking.runs import (
+    StageRun,
+    artifacts_of,
+    find_finished,
+    input_of,
+    point_to,
+    resolve,
+    stage_run,
+    tag_of,
+    ui_command,
+    ui_path,
+)
+
+__all__ = [
+    "StageRun",
+    "artifacts_of",
+    "code_digest",
+    "find_finished",
+    "fingerprint",
+    "input_of",
+    "names",
+    "point_to",
+    "resolve",
+    "stage_run",
+    "tag_of",
+    "ui_command",
+    "ui_path",
+]

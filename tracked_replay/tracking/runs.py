@@ -1,0 +1,254 @@
+"""Stages as MLflow runs: starting, finding, resolving by run ID."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.time import get_current_time_millis
+
+from tracked_replay.errors import RunError
+from tracked_replay.recording import Fetch
+from tracked_replay.tracking import names
+from tracked_replay.tracking.artifacts import artifact_source
+
+logger = logging.getLogger(__name__)
+
+METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
+PARAMS_PER_CALL = 100
+
+
+class StageRun:
+    """A run that a stage writes to.
+
+    Attributes:
+        run_id: its ID.
+        fingerprint: identity of its result; a stage that only knows its inputs later sets it before it ends.
+    """
+
+    def __init__(self, run_id: str, fingerprint: str | None = None) -> None:
+        self.run_id = run_id
+        self.fingerprint = fingerprint
+        self._client = MlflowClient()
+        self._metrics: list[Metric] = []
+
+    def tag(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in values.items()])
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters for browsing; MLflow cuts long values, so the config artifact is the truth."""
+        rows = [Param(name, str(value)) for name, value in values.items()]
+        for first in range(0, len(rows), PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=rows[first : first + PARAMS_PER_CALL])
+
+    def metric(self, name: str, value: float, step: int = 0) -> None:
+        """Note a metric; it is sent by :meth:`flush` (collecting makes a metric some hundred times cheaper)."""
+        self._metrics.append(Metric(name, float(value), get_current_time_millis(), step))
+
+    def flush(self) -> None:
+        """Send the metrics noted so far."""
+        rows, self._metrics = self._metrics, []
+        for first in range(0, len(rows), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=rows[first : first + METRICS_PER_CALL])
+
+    def artifacts(self, folder: Path) -> None:
+        """Log all files under a folder, at the same paths."""
+        self._client.log_artifacts(self.run_id, str(folder))
+
+    def table(self, columns: Mapping[str, list[Any]], path: str) -> None:
+        """Log a table that the UI shows (JSON)."""
+        self._client.log_table(self.run_id, dict(columns), path)
+
+    def image(self, pixels: np.ndarray, key: str, step: int = 0) -> None:
+        """Log an image, uint8 of shape (H, W) or (H, W, 3), to the UI's grid."""
+        self._client.log_image(self.run_id, pixels if pixels.ndim == 3 else pixels[..., None], key=key, step=step)
+
+    def describe(self, markdown: str) -> None:
+        """Set the run's description."""
+        self._client.set_tag(self.run_id, MLFLOW_RUN_NOTE, markdown)
+
+    def dataset(self, inputs: np.ndarray, labels: np.ndarray, name: str, digest: str, context: str) -> None:
+        """Log a data set as an input of the run.
+
+        Args:
+            inputs: (N, ...).
+            labels: (N,).
+            name: shown in the UI.
+            digest: fingerprint of the data; MLflow takes 36 characters, the first 32 are used.
+            context: ``training`` or ``evaluation``.
+        """
+        dataset = mlflow.data.from_numpy(inputs, targets=labels, name=name, digest=digest[:32])
+        mlflow.log_input(dataset, context=context)
+
+
+@contextmanager
+def stage_run(stage: str, fingerprint: str | None, name: str, inputs: Mapping[str, str]) -> Iterator[StageRun]:
+    """Start a stage's run, nested where another stage's run is active.
+
+    Under ``mlflow run`` the first stage takes over the run that MLflow made. The run ends FINISHED, FAILED on an
+    error, or KILLED on an interrupt or a termination signal; the fingerprint is set at the very end, so that a run
+    that did not finish is never reused.
+
+    Args:
+        stage: name of the stage.
+        fingerprint: identity of its result.
+        name: shown in the UI.
+        inputs: upstream run IDs by parameter name.
+    """
+    nested = mlflow.active_run() is not None
+    with _termination_as_interrupt():
+        run = mlflow.start_run(nested=nested, log_system_metrics=True)
+        status = "FAILED"
+        try:
+            stage_run = StageRun(run.info.run_id, fingerprint)
+            tags = {MLFLOW_RUN_NAME: name, names.STAGE: stage}
+            stage_run.tag(tags | {f"{names.INPUT}{key}": value for key, value in inputs.items()})
+            yield stage_run
+            stage_run.flush()
+            if stage_run.fingerprint is None:
+                raise RuntimeError(f"stage {stage} ends without a fingerprint")
+            stage_run.tag({names.FINGERPRINT: stage_run.fingerprint})
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            mlflow.end_run(status)
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt while a run is open, so that the run is closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def active_experiment() -> str:
+    """ID of the experiment that runs go to: the active run's, else MLflow's own rules."""
+    active = mlflow.active_run()
+    if active is not None:
+        return str(active.info.experiment_id)
+    if "MLFLOW_RUN_ID" in os.environ:
+        return str(MlflowClient().get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id)
+    return str(mlflow.tracking.fluent._get_experiment_id())
+
+
+def find_finished(stage: str, fingerprint: str) -> str | None:
+    """Run ID of the newest FINISHED run of this experiment with the same fingerprint."""
+    found = MlflowClient().search_runs(
+        [active_experiment()],
+        filter_string=(
+            f"tags.`{names.FINGERPRINT}` = '{fingerprint}' and tags.`{names.STAGE}` = '{stage}' "
+            "and attributes.status = 'FINISHED'"
+        ),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return str(found[0].info.run_id) if found else None
+
+
+def resolve(run_id: str, stage: str, parameter: str) -> Run:
+    """The FINISHED run of a stage that a parameter names; follows a run that only points to an earlier result.
+
+    Raises:
+        RunError: the run does not exist, is deleted, is of another stage, or is not FINISHED.
+    """
+    client = MlflowClient()
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise RunError(
+            f"{parameter}: found {run_id!r}, but {mlflow.get_tracking_uri()} has no such run ({error.message})"
+        ) from None
+    if run.info.lifecycle_stage != "active":
+        raise RunError(f"{parameter}: run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
+    found = run.data.tags.get(names.STAGE)
+    if found != stage:
+        what = f"is of stage {found!r}" if found else "was not made by tracked_replay"
+        raise RunError(f"{parameter}: run {run_id} {what}; allowed: a finished run of stage {stage!r}")
+    if run.info.status != "FINISHED":
+        raise RunError(f"{parameter}: run {run_id} is {run.info.status}; allowed: a FINISHED run of stage {stage!r}")
+    if names.REUSES in run.data.tags:
+        return resolve(run.data.tags[names.REUSES], stage, parameter)
+    return run
+
+
+def input_of(run: Run, name: str) -> str:
+    """Upstream run ID of a run, for example ``train_run_id``."""
+    return str(run.data.tags[f"{names.INPUT}{name}"])
+
+
+def tag_of(run: Run, name: str) -> str | None:
+    """A tag's value, or None."""
+    value = run.data.tags.get(name)
+    return None if value is None else str(value)
+
+
+def artifacts_of(run_id: str) -> Fetch:
+    """Opens a run's artifacts by path."""
+    return artifact_source(MlflowClient(), run_id)
+
+
+def point_to(stage: str, run_id: str, name: str, inputs: Mapping[str, str]) -> str | None:
+    """Under ``mlflow run``, let the run that MLflow made point to the earlier result that answers it.
+
+    Returns:
+        The ID of the pointing run, or None where there is none to close.
+    """
+    if "MLFLOW_RUN_ID" not in os.environ:
+        return None
+    with mlflow.start_run() as run:
+        pointing = StageRun(run.info.run_id)
+        tags = {names.STAGE: stage, names.REUSES: run_id, MLFLOW_RUN_NAME: f"{name} (reused)"}
+        pointing.tag(tags | {f"{names.INPUT}{key}": value for key, value in inputs.items()})
+        pointing.describe(f"The same result was there already: [run {run_id}]({ui_path(run_id)}).")
+        return str(run.info.run_id)
+
+
+def ui_path(run_id: str) -> str:
+    """Path of a run's page inside the MLflow UI."""
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    return f"#/experiments/{experiment}/runs/{run_id}"
+
+
+def ui_command(run_id: str) -> str:
+    """What a user types or opens to see a run."""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        return f"{uri.rstrip('/')}/{ui_path(run_id)}"
+    return f"mlflow ui --backend-store-uri {_quoted(uri)}   # then open /{ui_path(run_id)}"
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def is_child(run: Run) -> bool:
+    """Whether a run is nested in another."""
+    return MLFLOW_PARENT_RUN_ID in run.data.tags

@@ -1,0 +1,227 @@
+"""From a config to a plan of steps, and the loop that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tracked_replay.config import Config
+from tracked_replay.determinism import (
+    DeterministicSampler,
+    SeedDerivations,
+    create_deterministic_model,
+    set_global_deterministic_state,
+)
+from tracked_replay.errors import ConfigError
+from tracked_replay.tasks import Batch, Task, TaskData
+from tracked_replay.training.groups import parameter_groups
+from tracked_replay.training.schedule import SHARED_INSTANCE, learning_rates
+from tracked_replay.training.state import State, initial_state
+from tracked_replay.training.step import StepResult, TrainingStep
+
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What every step uses, decided before the first.
+
+    Attributes:
+        indices: (steps, batch) int64, training examples of each step in their order.
+        epochs: (steps,) int64.
+        learning_rates: (steps, groups) float64.
+    """
+
+    indices: np.ndarray
+    epochs: np.ndarray
+    learning_rates: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.epochs)
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """All that a training needs; made the same way for training, retraining, recomputation and replay."""
+
+    config: Config
+    task: Task
+    data: TaskData
+    step: TrainingStep
+    plan: TrainingPlan
+    initial: State
+    seeds: SeedDerivations
+    device: torch.device
+
+    def take(self, state: State, weights: Tensor | None = None) -> tuple[StepResult, Batch]:
+        """Take step ``state.step`` of the plan.
+
+        Args:
+            state: on the setup's device.
+            weights: weight of every training example, (training examples,); ``None`` means all 1.
+
+        Returns:
+            The next state with the loss, and the batch that the step saw.
+        """
+        t = state.step
+        indices = torch.from_numpy(self.plan.indices[t])
+        batch = self.data.batch(indices, int(self.plan.epochs[t]))
+        chosen = None if weights is None else weights[batch.indices.to(weights.device)]
+        return self.step(state, batch.inputs, batch.labels, self.plan.learning_rates[t].tolist(), chosen), batch
+
+
+class StepRecord(NamedTuple):
+    """One step as it was taken.
+
+    Attributes:
+        before: the state it started from.
+        after: the state it led to.
+        epoch: epoch it belongs to.
+        indices: (B,) int64.
+        inputs: (B, ...) model inputs, on the setup's device.
+        labels: (B,) int64.
+        learning_rates: (groups,) float64.
+        loss: weighted mean loss of the batch in ``before``.
+    """
+
+    before: State
+    after: State
+    epoch: int
+    indices: np.ndarray
+    inputs: Tensor
+    labels: np.ndarray
+    learning_rates: np.ndarray
+    loss: float
+
+
+def set_up(config: Config, task: Task, data: TaskData | None = None) -> TrainingSetup:
+    """Pin the process (seeds, threads, deterministic kernels), make the initial state and the plan.
+
+    Args:
+        config: resolved config.
+        task: the task that the config names.
+        data: its data, where they are loaded already.
+
+    Raises:
+        ConfigError: the device is not there, or a batch is larger than the training set.
+    """
+    device = _device(config)
+    set_global_deterministic_state(config.seed, config.train.threads)
+    data = (data or TaskData(task, config)).to(device)
+    seeds = SeedDerivations(config.seed)
+    seeds.derive("model", SHARED_INSTANCE)
+    model = create_deterministic_model(config.seed, task.model, SHARED_INSTANCE)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"data.task: the task's model() must return a torch.nn.Module; found {type(model).__name__}")
+    model = model.to(device=device, dtype=getattr(torch, config.train.dtype))
+    initial = initial_state(model)
+    groups = parameter_groups(config, initial)
+    plan = _plan(config, data.num_train, seeds, groups)
+    step = TrainingStep(model, task.per_example_loss, groups, config.seed)
+    return TrainingSetup(config, task, data, step, plan, initial, seeds, device)
+
+
+def _device(config: Config) -> torch.device:
+    device = torch.device(config.train.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device: found {config.train.device!r}, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices here; allowed: cpu, or a device that is there"
+        )
+    return device
+
+
+def _plan(config: Config, num_train: int, seeds: SeedDerivations, groups: tuple) -> TrainingPlan:
+    batch = config.train.batch_size
+    per_epoch = num_train // batch
+    if per_epoch == 0:
+        raise ConfigError(
+            f"train.batch_size: found {batch}, which is more than the {num_train} training examples; "
+            f"allowed: integer >= 1 and <= {num_train}"
+        )
+    sampler = DeterministicSampler(num_train, seeds.derive("dataloader", SHARED_INSTANCE))
+    orders = [sampler.order(epoch)[: per_epoch * batch].numpy() for epoch in range(config.train.epochs)]
+    for component in ("optimizer", "scheduler"):
+        seeds.derive(component, SHARED_INSTANCE)
+    if config.data.augmentation != "none":
+        for epoch in range(config.train.epochs):
+            seeds.derive("augmentation", epoch)
+    for step in range(config.train.epochs * per_epoch):
+        seeds.derive("step", step)
+    return TrainingPlan(
+        indices=np.concatenate(orders).reshape(-1, batch),
+        epochs=np.repeat(np.arange(config.train.epochs), per_epoch),
+        learning_rates=learning_rates(config, groups, per_epoch),
+    )
+
+
+def train(
+    setup: TrainingSetup, *, start: State | None = None, stop: int | None = None, weights: Tensor | None = None
+) -> Iterator[StepRecord]:
+    """Take the steps of the plan, one record a step.
+
+    Args:
+        setup: from :func:`set_up`.
+        start: state to go on from; the initial state where it is ``None``.
+        stop: step to stop before; the end of the plan where it is ``None``.
+        weights: weight of every training example, (training examples,); ``None`` means all 1.
+
+    Raises:
+        NumericalError: NaN or Inf; names step and tensor.
+    """
+    state = start or setup.initial
+    plan = setup.plan
+    for t in range(state.step, plan.steps if stop is None else stop):
+        (after, loss), batch = setup.take(state, weights)
+        yield StepRecord(
+            before=state,
+            after=after,
+            epoch=int(plan.epochs[t]),
+            indices=plan.indices[t],
+            inputs=batch.inputs,
+            labels=batch.labels.cpu().numpy(),
+            learning_rates=plan.learning_rates[t],
+            loss=loss.item(),
+        )
+        state = after
+
+
+class Evaluation(NamedTuple):
+    """A state's values on the evaluation set.
+
+    Attributes:
+        measurements: (evaluation examples,) float64, the task's measurement of each.
+        predictions: (evaluation examples,) int64 class with the largest output, or ``None`` where outputs are not
+            one value a class.
+    """
+
+    measurements: np.ndarray
+    predictions: np.ndarray | None
+
+    def accuracy(self, labels: Tensor) -> float | None:
+        """Share of predictions equal to the labels, (evaluation examples,)."""
+        if self.predictions is None:
+            return None
+        return float((self.predictions == labels.cpu().numpy()).mean())
+
+
+@torch.no_grad()
+def evaluate(setup: TrainingSetup, state: State) -> Evaluation:
+    """Measure every evaluation example in eval mode."""
+    model = setup.step.model.eval()
+    measurements, predictions = [], []
+    for indices in torch.arange(setup.data.num_evaluation).split(EVALUATION_BATCH):
+        batch = setup.data.evaluation_batch(indices)
+        outputs = functional_call(model, state.model_tensors, (batch.inputs,))
+        measurements.append(setup.task.measurement(outputs, batch.labels).double().cpu().numpy())
+        if outputs.ndim == 2 and outputs.shape[1] > 1:
+            predictions.append(outputs.argmax(1).cpu().numpy())
+    return Evaluation(np.concatenate(measurements), np.concatenate(predictions) if predictions else None)
