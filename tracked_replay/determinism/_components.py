@@ -13,6 +13,9 @@ from tracked_replay.determinism._sampler import DeterministicSampler
 from tracked_replay.determinism._seeds import derive_component_seed
 from tracked_replay.errors import ConfigError
 
+# Torch gives this module its attribute at run time, where a type checker does not see it.
+_deterministic: Any = torch.utils.deterministic
+
 _ModelT = TypeVar("_ModelT")
 _OptimizerT = TypeVar("_OptimizerT")
 _SchedulerT = TypeVar("_SchedulerT")
@@ -32,12 +35,12 @@ def _component_context(master_seed: int, purpose: str, instance_id: str | int | 
 @contextmanager
 def _filled_memory() -> Iterator[None]:
     """In deterministic mode, let memory that nothing wrote read as NaN instead of as what was there before."""
-    before = bool(torch.utils.deterministic.fill_uninitialized_memory)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    before = bool(_deterministic.fill_uninitialized_memory)
+    _deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        _deterministic.fill_uninitialized_memory = before
 
 
 def create_deterministic_model(

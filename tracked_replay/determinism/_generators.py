@@ -143,7 +143,7 @@ def restore_generator_states(states: GeneratorStates) -> None:
             states.numpy_cached_gaussian,
         )
     )
-    # from_numpy shares memory and refuses read-only arrays quietly by a warning, so the bytes are copied.
+    # from_numpy warns about arrays that cannot be written to, which the caller's may be, so the bytes are copied.
     torch.set_rng_state(torch.from_numpy(states.torch_cpu.copy()))
     if states.torch_cuda:
         torch.cuda.set_rng_state_all([torch.from_numpy(state.copy()) for state in states.torch_cuda])

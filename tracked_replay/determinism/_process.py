@@ -1,6 +1,7 @@
 """Process-wide flags that make Torch deterministic, and the check that they are in force."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -13,19 +14,23 @@ _CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_ALLOWED = (":4096:8", ":16:8")
 
 
-def _fp32_holders() -> dict[str, object]:
+# Torch gives these modules their attributes at run time, where a type checker does not see them.
+_backends: Any = torch.backends
+_deterministic: Any = torch.utils.deterministic
+
+
+def _fp32_holders() -> dict[str, Any]:
     """The places that hold a float32 precision, parents before children: setting a parent may reset its children."""
-    backends = torch.backends
     return {
-        "fp32_precision": backends,
-        "cuda.matmul.fp32_precision": backends.cuda.matmul,
-        "cudnn.fp32_precision": backends.cudnn,
-        "cudnn.conv.fp32_precision": backends.cudnn.conv,
-        "cudnn.rnn.fp32_precision": backends.cudnn.rnn,
-        "mkldnn.fp32_precision": backends.mkldnn,
-        "mkldnn.matmul.fp32_precision": backends.mkldnn.matmul,
-        "mkldnn.conv.fp32_precision": backends.mkldnn.conv,
-        "mkldnn.rnn.fp32_precision": backends.mkldnn.rnn,
+        "fp32_precision": _backends,
+        "cuda.matmul.fp32_precision": _backends.cuda.matmul,
+        "cudnn.fp32_precision": _backends.cudnn,
+        "cudnn.conv.fp32_precision": _backends.cudnn.conv,
+        "cudnn.rnn.fp32_precision": _backends.cudnn.rnn,
+        "mkldnn.fp32_precision": _backends.mkldnn,
+        "mkldnn.matmul.fp32_precision": _backends.mkldnn.matmul,
+        "mkldnn.conv.fp32_precision": _backends.mkldnn.conv,
+        "mkldnn.rnn.fp32_precision": _backends.mkldnn.rnn,
     }
 
 
@@ -35,7 +40,7 @@ def _forbid_reduced_precision() -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     for holder in _fp32_holders().values():
-        holder.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        holder.fp32_precision = "ieee"
 
 
 def _require_cublas_workspace() -> None:
@@ -83,7 +88,7 @@ def set_global_deterministic_state(master_seed: int, threads: int | None = None)
     # With this flag Torch writes NaN into every tensor that an operation allocates before it overwrites it: about 4 %
     # of a convolutional training step. It changes results only where memory is read that nothing wrote, which Torch's
     # own operations do not do. Models, where a forgotten initialisation is likely, are created with the flag on.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    _deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     _forbid_reduced_precision()
@@ -112,13 +117,13 @@ def deterministic_flags() -> dict[str, object]:
     flags: dict[str, object] = {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "deterministic_algorithms_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "fill_uninitialized_memory": bool(torch.utils.deterministic.fill_uninitialized_memory),
+        "fill_uninitialized_memory": bool(_deterministic.fill_uninitialized_memory),
         "cudnn.deterministic": bool(torch.backends.cudnn.deterministic),
         "cudnn.benchmark": bool(torch.backends.cudnn.benchmark),
         "float32_matmul_precision": _matmul_precision(),
     }
     for name, holder in _fp32_holders().items():
-        flags[name] = str(getattr(holder, "fp32_precision"))  # noqa: B009 - the holder is typed as object
+        flags[name] = str(holder.fp32_precision)
     flags[_CUBLAS_VARIABLE] = os.environ.get(_CUBLAS_VARIABLE)
     flags["threads"] = torch.get_num_threads()
     flags["interop_threads"] = torch.get_num_interop_threads()
@@ -142,8 +147,9 @@ def require_deterministic(threads: int) -> None:
         "deterministic_algorithms_warn_only": (False,),
         "cudnn.deterministic": (True,),
         "cudnn.benchmark": (False,),
-        "float32_matmul_precision": ("highest",),
+        # Before their sum, which only says that they disagree.
         **{name: ("ieee",) for name in _fp32_holders()},
+        "float32_matmul_precision": ("highest",),
         _CUBLAS_VARIABLE: _CUBLAS_ALLOWED,
         "threads": (threads,),
     }

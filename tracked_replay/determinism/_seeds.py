@@ -85,22 +85,21 @@ class SeedDerivations:
             An integer in ``[0, 2**31)``.
 
         Raises:
-            ConfigError: an argument is not valid, or another component of this run has the same hashed string or the
-                same seed, so that two components which are meant to be independent would draw the same numbers.
+            ConfigError: an argument is not valid, or a component of another purpose is hashed from the same text, so
+                that two components which are meant to be independent would draw the same numbers.
         """
         hashed = _hashed_string(self._master_seed, purpose, instance_id)
-        record = {"component": purpose, "instance_id": instance_id, "hashed": hashed, "seed": _seed_of(hashed)}
         known = self._records.get(hashed)
-        if known is not None:
-            # purpose "a_b" and purpose "a" with instance "b" are hashed from the same text.
-            if known["component"] != purpose:
-                raise self._collision(known, record)
-            return known["seed"]
-        for other in self._records.values():
-            if other["seed"] == record["seed"]:
-                raise self._collision(other, record)
-        self._records[hashed] = record
-        return record["seed"]
+        if known is None:
+            known = {"component": purpose, "instance_id": instance_id, "hashed": hashed, "seed": _seed_of(hashed)}
+            self._records[hashed] = known
+        elif known["component"] != purpose:
+            # "a_b" without an instance and "a" with instance "b".
+            raise ConfigError(
+                f"component {purpose!r} (instance {instance_id!r}) would share its seed with {known['component']!r} "
+                f"(instance {known['instance_id']!r}), both hashed from {hashed!r}: rename one of them"
+            )
+        return known["seed"]
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return ``{"master_seed": ..., "derivations": [{"component", "instance_id", "hashed", "seed"}, ...]}``.
@@ -108,13 +107,3 @@ class SeedDerivations:
         The derivations stand in the order of first use. The result is a copy: changing it changes no record.
         """
         return {"master_seed": self._master_seed, "derivations": [dict(record) for record in self._records.values()]}
-
-    @staticmethod
-    def _collision(first: dict[str, Any], second: dict[str, Any]) -> ConfigError:
-        def describe(record: dict[str, Any]) -> str:
-            return f"{record['component']!r} (instance {record['instance_id']!r})"
-
-        return ConfigError(
-            f"components {describe(first)} and {describe(second)} would share the seed {second['seed']}, "
-            f"hashed from {second['hashed']!r}: rename one of them"
-        )
