@@ -52,7 +52,8 @@ def write_checkpoint(root: Path, state: State) -> Checkpoint:
     """Save a state under ``root/checkpoints``; the same state always gives the same bytes."""
     file = f"{FOLDER}/step-{state.step:06d}.safetensors"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.flat().items()}
-    content = safetensors.torch.save(tensors, metadata={"format": "pt", "step": str(state.step)})
+    # One metadata entry only: safetensors writes several in an order that changes from process to process.
+    content = safetensors.torch.save(tensors, metadata={"step": str(state.step)})
     write_bytes(root / file, content)
     return Checkpoint(state.step, file, state_digest(state), content_digest(content), len(content))
 

@@ -86,7 +86,7 @@ class Task(ABC):
     def per_example_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Training loss of each example: outputs (B, classes), labels (B,) → (B,). Must be twice differentiable."""
         # The same bits as F.cross_entropy(reduction="none"), value and gradient, but it can be differentiated in
-        # forward mode too, where F.cross_entropy fails.
+        # forward mode by every torch that is supported; F.cross_entropy writes in place there in some of them.
         return -F.log_softmax(outputs, dim=1).gather(1, labels[:, None]).squeeze(1)
 
     def measurement(self, outputs: Tensor, labels: Tensor) -> Tensor:

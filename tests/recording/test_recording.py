@@ -1,0 +1,179 @@
+"""Recorded files: read back bit for bit, the same bytes twice, and damage found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import tiny_config, tiny_setup
+from safetensors import safe_open
+
+from tracked_replay.determinism import load_generator_states
+from tracked_replay.errors import RecordingError, ReplayError
+from tracked_replay.recording import Recorder, Recording, folder_source, state_digest
+from tracked_replay.recording import checkpoints as checkpoint_files
+from tracked_replay.replay import states_backward
+from tracked_replay.training import State, train
+
+
+def record(root: Path, **changes: object) -> tuple[Recording, list]:
+    setup = tiny_setup(**changes)
+    records = []
+    with Recorder(root, setup) as recorder:
+        for step in train(setup):
+            recorder.add(step)
+            records.append(step)
+        identity = recorder.finish(records[-1].after)
+    return Recording(folder_source(root), identity), records
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_everything_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+    recording, records = record(tmp_path, record__every=2, train__nesterov=True)
+    assert recording.config == tiny_config(record__every=2, train__nesterov=True)
+    trace = recording.trace
+    for t, step in enumerate(records):
+        np.testing.assert_array_equal(trace.indices[t], step.indices)
+        np.testing.assert_array_equal(trace.labels[t], step.labels)
+        np.testing.assert_array_equal(trace.learning_rates[t].view(np.int64), step.learning_rates.view(np.int64))
+        assert trace.losses[t].hex() == step.loss.hex()
+        assert trace.epochs[t] == step.epoch
+        assert trace.state_digests[t] == state_digest(step.before)
+    assert [checkpoint.step for checkpoint in recording.checkpoints] == [0, 2, 4, 6, 8, 9]
+    final = recording.state(recording.final)
+    assert state_digest(final) == state_digest(records[-1].after) == recording.final.digest
+
+
+def test_the_same_training_gives_the_same_bytes(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b")
+    first, second = files(tmp_path / "a"), files(tmp_path / "b")
+    assert first.keys() == second.keys()
+    # digests.json holds the digest of the environment record, which names free-running facts such as load; all else
+    # must agree to the byte.
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing <= {"environment/environment.json", "digests.json"}
+
+
+def test_checkpoints_are_plain_safetensors_with_the_models_names(tmp_path: Path) -> None:
+    _, records = record(tmp_path)
+    with safe_open(tmp_path / "checkpoints/step-000003.safetensors", "pt") as file:
+        names = set(file.keys())
+        for name, tensor in records[3].before.parameters.items():
+            assert torch.equal(file.get_tensor(f"parameters/{name}"), tensor)
+    assert "buffers/1.running_mean" in names
+    assert "momentum/0.weight" in names
+    with safe_open(tmp_path / "checkpoints/step-000000.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("momentum/")]  # noqa: SIM118
+
+
+def test_pixels_hold_what_the_model_saw(tmp_path: Path) -> None:
+    _, records = record(tmp_path, record__pixels=True)
+    table = pq.read_table(tmp_path / "trace")
+    assert str(table.schema.field("pixels").type).startswith("extension<arrow.fixed_shape_tensor")
+    pixels = table["pixels"].combine_chunks().to_numpy_ndarray()
+    np.testing.assert_array_equal(pixels, np.stack([step.inputs.numpy() for step in records]))
+
+
+def test_generator_states_are_kept_at_every_checkpoint(tmp_path: Path) -> None:
+    record(tmp_path, record__every=4)
+    found = sorted(path.name for path in (tmp_path / "rng").iterdir())
+    assert found == [f"step-{step:06d}.safetensors" for step in (0, 4, 8, 9)]
+    for path in (tmp_path / "rng").iterdir():
+        load_generator_states(path)
+
+
+def test_seed_derivations_name_every_component(tmp_path: Path) -> None:
+    record(tmp_path)
+    content = json.loads((tmp_path / "seeds/derivations.json").read_text())
+    by_text = {row["hashed"]: row["seed"] for row in content["derivations"]}
+    assert by_text["0_model_shared_training"] == tiny_setup().seeds.derive("model", "shared_training")
+    assert {"0_dataloader_shared_training", "0_step_0", "0_step_8"} <= by_text.keys()
+
+
+def test_digests_tell_minus_zero_nan_payloads_dtype_shape_and_name_apart() -> None:
+    def digest(tensor: torch.Tensor, name: str = "w") -> str:
+        return state_digest(State(0, {name: tensor}, {}))
+
+    base = torch.tensor([0.0, float("nan")])
+    payload = torch.tensor([0, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    variants = [
+        digest(base),
+        digest(torch.tensor([-0.0, float("nan")])),
+        digest(payload),
+        digest(base.double()),
+        digest(base[:, None]),
+        digest(base, "v"),
+    ]
+    assert len(set(variants)) == len(variants)
+    assert digest(base.clone()) == digest(base)
+    wide = torch.arange(12.0).reshape(3, 4)
+    assert digest(wide.T.contiguous().T) == digest(wide)
+
+
+TARGETS_OF_DAMAGE = [
+    "digests.json",
+    "config/config.toml",
+    "trace/part-00000.parquet",
+    "checkpoints/manifest.parquet",
+    "checkpoints/step-000004.safetensors",
+    "checkpoints/step-000009.safetensors",
+]
+
+
+def read_all(recording: Recording) -> None:
+    assert recording.config
+    assert recording.trace
+    list(states_backward(tiny_setup(), recording, "stream"))
+
+
+@pytest.mark.parametrize("name", TARGETS_OF_DAMAGE)
+@pytest.mark.parametrize("position", [0, 0.3, 0.999])
+def test_one_changed_byte_is_found_and_the_file_named(name: str, position: float, tmp_path: Path) -> None:
+    recording, _ = record(tmp_path)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(RecordingError, match=name):
+        read_all(Recording(folder_source(tmp_path), recording._identity))
+
+
+@pytest.mark.parametrize("name", TARGETS_OF_DAMAGE)
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    recording, _ = record(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(RecordingError, match=name):
+        read_all(Recording(folder_source(tmp_path), recording._identity))
+
+
+def test_a_recomputed_state_that_differs_names_its_step(tmp_path: Path) -> None:
+    recording, _ = record(tmp_path, record__every=4)
+    other = tiny_setup(record__every=4, train__lr=0.051)
+    with pytest.raises(ReplayError, match=r"step 5: the replayed state has the digest"):
+        list(states_backward(other, recording, "stream"))[-1:]
+
+
+def test_an_error_while_writing_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(root: Path, state: State) -> None:
+        if state.step == 3:
+            raise OSError("no space left")
+
+    real = checkpoint_files.write_checkpoint
+
+    def write(root: Path, state: State):
+        fail(root, state)
+        return real(root, state)
+
+    monkeypatch.setattr(checkpoint_files, "write_checkpoint", write)
+    with pytest.raises(OSError, match="no space left"):
+        record(tmp_path)
+    assert not (tmp_path / "digests.json").exists()
+    assert not list(tmp_path.rglob("*.part"))
