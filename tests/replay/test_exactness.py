@@ -81,9 +81,7 @@ def unrolled(setup: TrainingSetup, targets=TARGETS) -> np.ndarray:
                 g = g + config.weight_decay * value
             step = g
             if config.momentum:
-                velocity[name] = (
-                    g if t == 0 else config.momentum * velocity[name] + (1 - config.dampening) * g
-                )
+                velocity[name] = g if t == 0 else config.momentum * velocity[name] + (1 - config.dampening) * g
                 step = g + config.momentum * velocity[name] if config.nesterov else velocity[name]
             rate = rates[-1] if bias else rates[0]
             updated[name] = value - rate * step

@@ -77,7 +77,9 @@ def test_warm_up_rises_in_a_line_to_where_the_schedule_starts(schedule: str) -> 
     found = rates(train__warmup_epochs=2, **plain)
     config = tiny_config(train__epochs=4, train__lr=0.2, model__bias_scale=3.0)
     groups = parameter_groups(config, tiny_setup().initial)
-    after = learning_rates(config.override({name.replace("__", "."): value for name, value in plain.items()}), groups, 5)
+    after = learning_rates(
+        config.override({name.replace("__", "."): value for name, value in plain.items()}), groups, 5
+    )
     assert found.shape == (30, 2)
     np.testing.assert_array_equal(found[10:], after)
     line = after[0] * np.linspace(0.25, 1.0, 11)[:10, None]

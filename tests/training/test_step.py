@@ -189,4 +189,7 @@ def test_evaluation_reads_running_statistics() -> None:
     expected = F.cross_entropy(outputs, setup.data.evaluation.labels, reduction="none").numpy()
     found = evaluate(setup, state)
     np.testing.assert_allclose(found.measurements, expected, rtol=1e-12)
-    assert found.accuracy(setup.data.evaluation.labels) == (outputs.argmax(1) == setup.data.evaluation.labels).double().mean()
+    assert (
+        found.accuracy(setup.data.evaluation.labels)
+        == (outputs.argmax(1) == setup.data.evaluation.labels).double().mean()
+    )

@@ -28,11 +28,11 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write bytes aside and move them into place."""
-    write_aside(path, lambda temporary: _write_all(temporary, content))
 
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
 
-def _write_all(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    write_aside(path, write)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,5 +68,5 @@ def state_digest(state: State) -> str:
     for name, tensor in sorted(state.flat().items()):
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {dtype} {'x'.join(map(str, tensor.shape))}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

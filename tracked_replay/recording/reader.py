@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from tracked_replay.config import Config
 from tracked_replay.errors import RecordingError
-from tracked_replay.recording import checkpoints, recorder, trace
+from tracked_replay.recording import recorder
+from tracked_replay.recording.checkpoints import MANIFEST, Checkpoint, read_checkpoint, read_manifest
 from tracked_replay.recording.files import file_sha256
+from tracked_replay.recording.trace import FOLDER as TRACE
+from tracked_replay.recording.trace import Trace, read_trace
 from tracked_replay.training.state import State
 
 Fetch = Callable[[str], AbstractContextManager[Path]]
@@ -77,32 +80,26 @@ class Recording:
             return Config.from_toml(path.read_text(encoding="utf-8"))
 
     @cached_property
-    def trace(self) -> trace.Trace:
+    def trace(self) -> Trace:
         """The recorded trace."""
-        names = sorted(name for name in self.digests if name.startswith(f"{trace.FOLDER}/"))
+        names = sorted(name for name in self.digests if name.startswith(f"{TRACE}/"))
         if not names:
             raise RecordingError("the recording has no trace")
-        paths = []
-        # The parts are read while all of them are held open: a fetched copy lives only as long as its context.
-        from contextlib import ExitStack
-
-        with ExitStack() as stack:
-            for name in names:
-                paths.append(stack.enter_context(self.open(name)))
-            return trace.read_trace(paths)
+        with ExitStack() as stack:  # a fetched copy lives only as long as its context
+            return read_trace([stack.enter_context(self.open(name)) for name in names])
 
     @cached_property
-    def checkpoints(self) -> Sequence[checkpoints.Checkpoint]:
+    def checkpoints(self) -> Sequence[Checkpoint]:
         """Rows of the manifest, sorted by step."""
-        with self.open(checkpoints.MANIFEST) as path:
-            return checkpoints.read_manifest(path)
+        with self.open(MANIFEST) as path:
+            return read_manifest(path)
 
     @cached_property
-    def final(self) -> checkpoints.Checkpoint:
+    def final(self) -> Checkpoint:
         """The checkpoint after the last step."""
         return self.checkpoints[-1]
 
-    def state(self, checkpoint: checkpoints.Checkpoint) -> State:
+    def state(self, checkpoint: Checkpoint) -> State:
         """Read a checkpoint. Raises RecordingError where its file is missing or was changed."""
         with self._fetch(checkpoint.file) as path:
-            return checkpoints.read_checkpoint(path, checkpoint)
+            return read_checkpoint(path, checkpoint)

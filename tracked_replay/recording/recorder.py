@@ -111,10 +111,8 @@ def write_digests(root: Path) -> str:
     Returns:
         SHA-256 of ``digests.json``.
     """
-    covered = sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file() and path.name != DIGESTS and not (path.parent.name == checkpoints.FOLDER and path.suffix == ".safetensors")
-    )
-    files.write_json(root / DIGESTS, {path.relative_to(root).as_posix(): files.file_sha256(path) for path in covered})
+    found = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    covered = [path for path in found if path.parts[0] != checkpoints.FOLDER or path.suffix != ".safetensors"]
+    digests = {path.as_posix(): files.file_sha256(root / path) for path in covered if path.as_posix() != DIGESTS}
+    files.write_json(root / DIGESTS, digests)
     return files.file_sha256(root / DIGESTS)

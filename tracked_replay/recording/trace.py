@@ -113,7 +113,9 @@ def read_trace(paths: Sequence[Path]) -> Trace:
         raise RecordingError(f"the trace cannot be read: {error}") from None
     steps = table["step"].to_numpy()
     if len(steps) == 0 or not np.array_equal(steps, np.arange(len(steps))):
-        raise RecordingError(f"the trace must hold the steps 0, 1, 2, …; found {steps[:5].tolist()}… ({len(steps)} rows)")
+        raise RecordingError(
+            f"the trace must hold the steps 0, 1, 2, …; found {steps[:5].tolist()}… ({len(steps)} rows)"
+        )
 
     def matrix(name: str) -> np.ndarray:
         return table[name].combine_chunks().flatten().to_numpy().reshape(len(steps), -1)

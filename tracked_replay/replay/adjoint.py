@@ -181,9 +181,7 @@ class StepAdjoint:
             return {}
         norms = {name: float(tensor.norm()) for name, tensor in after.parameters.items()}
         limit = self.config.clip_parameter_norm
-        self.clips.parameter_warnings += any(
-            norm > self.config.clip_parameter_norm_warning for norm in norms.values()
-        )
+        self.clips.parameter_warnings += any(norm > self.config.clip_parameter_norm_warning for norm in norms.values())
         scales = {name: limit / norm for name, norm in norms.items() if norm > limit}
         self.clips.parameters_clipped += bool(scales)
         return scales

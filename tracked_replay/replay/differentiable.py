@@ -53,7 +53,8 @@ class DifferentiableBatchNorm(nn.Module):
             if tracked:
                 self._update(mean, variance, inputs.numel() // inputs.shape[1])
         else:
-            assert self.running_mean is not None and self.running_var is not None  # noqa: S101
+            assert self.running_mean is not None
+            assert self.running_var is not None
             mean, variance = self.running_mean, self.running_var
             centred = inputs - mean.view(shape)
         scale = torch.rsqrt(variance + self.eps)
@@ -63,10 +64,11 @@ class DifferentiableBatchNorm(nn.Module):
         return normalised if self.bias is None else normalised + self.bias.view(shape)
 
     def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        assert self.running_mean is not None and self.running_var is not None  # noqa: S101
+        assert self.running_mean is not None
+        assert self.running_var is not None
         self._calls += 1
         if self.momentum is None:  # a plain average over all batches so far
-            assert self.num_batches_tracked is not None  # noqa: S101
+            assert self.num_batches_tracked is not None
             share = 1.0 / float(self.num_batches_tracked + self._calls)
         else:
             share = self.momentum

@@ -39,7 +39,7 @@ def states_backward(setup: TrainingSetup, recording: Recording, mode: str) -> It
         ReplayError: a state differs from the recorded digest; names the step.
     """
     checkpoints = recording.checkpoints
-    segments = (
+    segments: Iterator[list[State]] = (
         _segment(setup, recording, start, stop)
         for start, stop in zip(reversed(checkpoints[:-1]), reversed(checkpoints[1:]), strict=True)
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from tracked_replay.errors import ReplayError
 from tracked_replay.recording import Recording
@@ -53,7 +54,7 @@ def replay(
     cotangents = [measurement_cotangent(adjoint, setup.task, setup.data, after, target) for target in targets]
     for before in states:
         t = before.step
-        batch = setup.data.batch(_tensor(setup.plan.indices[t]), int(setup.plan.epochs[t]))
+        batch = setup.data.batch(torch.from_numpy(setup.plan.indices[t]), int(setup.plan.epochs[t]))
         rates = setup.plan.learning_rates[t].tolist()
         cotangents, scores = adjoint.pull_back(before, after, batch.inputs, batch.labels, rates, cotangents)
         yield StepScores(t, setup.plan.indices[t], scores.double().cpu().numpy())
@@ -85,9 +86,3 @@ def require_recorded_plan(setup: TrainingSetup, recording: Recording) -> None:
                 f"step {step}: the {name} made from the config and the data differ from the trace; "
                 f"found {made[step][:4].tolist()}…, recorded {recorded[step][:4].tolist()}…"
             )
-
-
-def _tensor(indices: np.ndarray):  # noqa: ANN202
-    import torch
-
-    return torch.from_numpy(indices)

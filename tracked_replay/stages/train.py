@@ -103,7 +103,7 @@ def _train(problem: Problem, setup: TrainingSetup, run: StageRun) -> None:
                     run.metric(f"lr/{group.name}", rate, t)
                 if t + 1 == plan.steps or plan.epochs[t + 1] != record.epoch:
                     last = t + 1 == plan.steps
-                    run.metric("epoch/train_loss", losses[: t + 1][plan.epochs[: t + 1] == record.epoch].mean(), record.epoch)
+                    run.metric("epoch/train_loss", losses[plan.epochs == record.epoch].mean(), record.epoch)
                     every = config.record.evaluate_every
                     if last or (every and (record.epoch + 1) % every == 0):
                         accuracy = _evaluate(setup, state, run, record.epoch)

@@ -56,9 +56,7 @@ class State:
         def move(tensors: Tensors) -> Tensors:
             return {name: tensor.to(device) for name, tensor in tensors.items()}
 
-        return replace(
-            self, parameters=move(self.parameters), buffers=move(self.buffers), momentum=move(self.momentum)
-        )
+        return replace(self, parameters=move(self.parameters), buffers=move(self.buffers), momentum=move(self.momentum))
 
     @property
     def nbytes(self) -> int:

@@ -81,9 +81,7 @@ class TrainingStep:
         _require_finite(state.step, loss.detach(), gradients, after)
         return StepResult(after, loss.detach())
 
-    def _update(
-        self, state: State, buffers: Tensors, gradients: Tensors, learning_rates: Sequence[float]
-    ) -> State:
+    def _update(self, state: State, buffers: Tensors, gradients: Tensors, learning_rates: Sequence[float]) -> State:
         parameters = {name: tensor.clone() for name, tensor in state.parameters.items()}
         momentum: Tensors = {}
         for group, lr in zip(self.groups, learning_rates, strict=True):
@@ -98,7 +96,8 @@ class TrainingStep:
                 **group.sgd_arguments,
             )
             if group.momentum:
-                momentum |= {name: buffer for name, buffer in zip(group.parameters, new, strict=True) if buffer is not None}
+                made = zip(group.parameters, new, strict=True)
+                momentum |= {name: buffer for name, buffer in made if buffer is not None}
         return State(state.step + 1, parameters, buffers, momentum)
 
 
@@ -110,9 +109,7 @@ def seed_step(master_seed: int, step: int) -> None:
 def weighted_loss(losses: Tensor, weights: Tensor | None = None) -> Tensor:
     """``(1/B) Σ wᵢ ℓᵢ`` for losses and weights of shape (B,); multiplying by weight 1 is exact."""
     if losses.ndim != 1:
-        raise TrackedReplayError(
-            f"the task's per_example_loss must have shape (batch,); found {tuple(losses.shape)}"
-        )
+        raise TrackedReplayError(f"the task's per_example_loss must have shape (batch,); found {tuple(losses.shape)}")
     return (losses if weights is None else losses * weights).sum() / len(losses)
 
 
