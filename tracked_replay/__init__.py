@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tracked_replay.config import Config
     from tracked_replay.errors import TrackedReplayError
-    from tracked_replay.stages.magic import load_scores
+    from tracked_replay.stages.counterfactual import counterfactual
+    from tracked_replay.stages.influence import load_scores
+    from tracked_replay.stages.lds import run_lds as lds
     from tracked_replay.stages.magic import run_magic as magic
     from tracked_replay.stages.train import run_train as train
     from tracked_replay.tasks import Examples, Task
@@ -27,12 +29,25 @@ _PUBLIC = {
     "Examples": ("tracked_replay.tasks", "Examples"),
     "Task": ("tracked_replay.tasks", "Task"),
     "TrackedReplayError": ("tracked_replay.errors", "TrackedReplayError"),
-    "load_scores": ("tracked_replay.stages.magic", "load_scores"),
+    "counterfactual": ("tracked_replay.stages.counterfactual", "counterfactual"),
+    "lds": ("tracked_replay.stages.lds", "run_lds"),
+    "load_scores": ("tracked_replay.stages.influence", "load_scores"),
     "magic": ("tracked_replay.stages.magic", "run_magic"),
     "train": ("tracked_replay.stages.train", "run_train"),
 }
 
-__all__ = ["Config", "Examples", "Task", "TrackedReplayError", "__version__", "load_scores", "magic", "train"]
+__all__ = [
+    "Config",
+    "Examples",
+    "Task",
+    "TrackedReplayError",
+    "__version__",
+    "counterfactual",
+    "lds",
+    "load_scores",
+    "magic",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

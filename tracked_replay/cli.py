@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from tracked_replay import __version__
+from tracked_replay.config import parse_overrides
 from tracked_replay.errors import ConfigError, TrackedReplayError
 from tracked_replay.stages.parameters import (
+    CounterfactualParameters,
+    LdsParameters,
     MagicParameters,
+    MainParameters,
     ShowConfigParameters,
     StageParameters,
     TrainParameters,
+    VerifyParameters,
     parse,
 )
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-LINES_OF_CAUSE = 1
+# MLflow tells at INFO what a user of these commands did not ask (system metrics, tables), and prints a URL of its own.
+QUIET_MLFLOW = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+
+logger = logging.getLogger("tracked_replay")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="tracked-replay")
+@click.version_option(__version__)
 def cli() -> None:
     """Train once under MLflow; then ask exact questions about the training data by run ID."""
 
@@ -50,7 +60,8 @@ def _magic(parameters: MagicParameters) -> None:
 
     if parameters.train_run_id and parameters.seed:
         raise ConfigError(
-            f"seed: found {parameters.seed!r}, but the recorded run {parameters.train_run_id} has its own; leave it empty"
+            f"seed: found {parameters.seed!r}, but the recorded run {parameters.train_run_id} has its own; "
+            f"allowed: leave it empty"
         )
     run_id = run_magic(
         parameters.train_run_id or None,
@@ -63,18 +74,87 @@ def _magic(parameters: MagicParameters) -> None:
     _closing("influence run", run_id, f"python -c \"import tracked_replay as tr; print(tr.load_scores('{run_id}'))\"")
 
 
+def _lds(parameters: LdsParameters) -> None:
+    given = parameters.magic_run_id or parameters.train_run_id
+    if given and parameters.seed:
+        raise ConfigError(
+            f"seed: found {parameters.seed!r}, but the recorded run {given} has its own; allowed: leave it empty"
+        )
+    overrides = parameters.overrides()
+    config = None if given else parameters.config()
+    from tracked_replay.stages.lds import run_lds
+
+    run_id = run_lds(
+        parameters.magic_run_id or None,
+        train_run_id=parameters.train_run_id or None,
+        targets=parameters.targets,
+        config=config,
+        overrides=overrides,
+        data_root=parameters.data_root or None,
+        force=parameters.force,
+    )
+    _closing("LDS run", run_id, "tracked-replay counterfactual --help")
+
+
+def _main(parameters: MainParameters) -> None:
+    for name in ("train_run_id", "magic_run_id"):
+        if getattr(parameters, name):
+            raise ConfigError(f"{name}: found {getattr(parameters, name)!r}; main makes its own runs; use lds or magic")
+    config = parameters.config().override(parameters.overrides())
+    from tracked_replay.stages.main import run_main
+
+    run_id = run_main(config, parameters.targets, force=parameters.force)
+    _closing("main run", run_id, "tracked-replay counterfactual --help")
+
+
+def _verify(parameters: VerifyParameters) -> None:
+    if not parameters.train_run_id:
+        raise ConfigError("train_run_id: nothing was given; allowed: a finished run of stage 'train'")
+    from tracked_replay.stages.verify import run_verify
+
+    run_id = run_verify(
+        parameters.train_run_id, overrides=parse_overrides(parameters.set), data_root=parameters.data_root or None
+    )
+    click.echo("all checks passed")
+    _closing("verify run", run_id, f"tracked-replay magic --train-run-id {parameters.train_run_id} --targets 0-7")
+
+
+def _counterfactual(parameters: CounterfactualParameters) -> None:
+    if parameters.set:
+        raise ConfigError(f"set: found {parameters.set!r}; allowed: empty, since the run is retrained as recorded")
+    from tracked_replay.stages.counterfactual import read_counterfactual, run_counterfactual
+
+    run_id = run_counterfactual(
+        parameters.train_run_id,
+        remove=parameters.remove,
+        weights=parameters.weights,
+        targets=parameters.targets,
+        magic_run_id=parameters.magic_run_id,
+        data_root=parameters.data_root,
+        force=parameters.force,
+    )
+    result = read_counterfactual(run_id)
+    for place, (predicted, actual) in enumerate(zip(result.predicted, result.actual, strict=True)):
+        click.echo(f"target {place + 1} of {len(result.actual)}: predicted {predicted:.6g}, actual {actual:.6g}")
+    _closing("counterfactual run", run_id, "tracked-replay lds --help")
+
+
 STAGES: dict[str, tuple[type[StageParameters], Callable[[Any], None]]] = {
     "train": (TrainParameters, _train),
     "magic": (MagicParameters, _magic),
+    "lds": (LdsParameters, _lds),
+    "counterfactual": (CounterfactualParameters, _counterfactual),
+    "verify": (VerifyParameters, _verify),
+    "main": (MainParameters, _main),
     "show_config": (ShowConfigParameters, _show_config),
 }
 
 
 def _closing(what: str, run_id: str, next_command: str) -> None:
-    from tracked_replay.tracking import ui_command
+    from tracked_replay.tracking import ui_hint
 
     click.echo(f"{what}: {run_id}")
-    click.echo(f"look at it:  {ui_command(run_id)}")
+    click.echo(f"look at it:  {ui_hint(run_id)}")
     click.echo(f"next:        {next_command}")
 
 
@@ -89,7 +169,14 @@ def _command(name: str, model: type[StageParameters], run: Callable[[Any], None]
             example.append(f"{option} {info.examples[0]}")
         if info.annotation is bool:
             options.append(
-                click.Option(declarations, help=info.description, is_flag=False, flag_value="true", default="false", metavar="[true|false]")
+                click.Option(
+                    declarations,
+                    help=info.description,
+                    is_flag=False,
+                    flag_value="true",
+                    default="false",
+                    metavar="[true|false]",
+                )
             )
         else:
             shown = bool(info.default)
@@ -101,7 +188,9 @@ def _command(name: str, model: type[StageParameters], run: Callable[[Any], None]
         run(parameters)
 
     text = f"{model.__doc__}\n\n    Example: {' '.join(example)}"
-    return click.Command(name, params=options, callback=callback, help=text, short_help=(model.__doc__ or "").split("\n")[0])
+    return click.Command(
+        name, params=options, callback=callback, help=text, short_help=(model.__doc__ or "").split("\n")[0]
+    )
 
 
 for _name, (_model, _run) in STAGES.items():
@@ -115,10 +204,14 @@ def _configure_logging(parameters: StageParameters) -> None:
             Path(parameters.log_file).parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(parameters.log_file, encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"log_file: {parameters.log_file!r} cannot be written: {error}") from None
-    logger = logging.getLogger("tracked_replay")
+            raise ConfigError(
+                f"log_file: found {parameters.log_file!r}, which cannot be written ({error.strerror}); allowed: a file "
+                f"in a folder that can be written to"
+            ) from None
     logger.setLevel(parameters.log_level)
-    logger.handlers.clear()
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
     logger.propagate = False
     for handler in handlers:
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -126,15 +219,38 @@ def _configure_logging(parameters: StageParameters) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the console script; exits 1 with one sentence on a user's error, 130 when interrupted."""
+    """Entry point of the console script.
+
+    A user's error is one sentence on standard error and exit code 1, or 2 where the command line itself is wrong;
+    with ``--log-level DEBUG`` the traceback is logged. An interrupted command exits with 130.
+    """
+    for name, value in QUIET_MLFLOW.items():
+        os.environ.setdefault(name, value)
     try:
         cli.main(args=arguments, prog_name="tracked-replay", standalone_mode=False)
-    except TrackedReplayError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the run was closed as KILLED", err=True)
+        click.echo("interrupted; a run that was open is KILLED", err=True)
         sys.exit(130)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        logger.debug("where the error comes from:", exc_info=True)
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is the user's or the machine's (a full disk, a tracking server that does not answer)."""
+    if isinstance(error, TrackedReplayError | OSError):
+        return True
+    mlflow = sys.modules.get("mlflow.exceptions")  # not imported for this: commands that do without it start faster
+    return mlflow is not None and isinstance(error, mlflow.MlflowException)

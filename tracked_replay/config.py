@@ -6,6 +6,7 @@ common parameters (``seed``, ``data_root``), then ``set`` overrides. What is wro
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from functools import cache
@@ -14,15 +15,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tracked_replay.errors import ConfigError
+
+NO_IDENTITY = (("data", "root"), ("data", "download"), ("replay", "mode"), ("lds", "executor"), ("lds", "workers"))
 
 
 class Section(BaseModel):
     """A group of config fields: unknown names, NaN and Inf are refused; values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic would take true for 1, so that a preset's `epochs = true` would train one epoch.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise PydanticCustomError("truth_value", "a truth value is no number")
+        return value
 
 
 class DataConfig(Section):
@@ -62,7 +74,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Optimisation, precision and where it is computed."""
 
-    epochs: int = Field(default=10, ge=1, description="passes over the training set")
+    epochs: int = Field(default=10, ge=1, le=1_000_000, description="passes over the training set")
     batch_size: int = Field(default=256, ge=1, description="examples a step; the last, partial batch is left out")
     optimizer: Literal["sgd"] = Field(default="sgd", description="torch.optim.SGD, bit for bit")
     lr: float = Field(default=0.1, gt=0, description="peak learning rate")
@@ -85,8 +97,15 @@ class TrainConfig(Section):
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="precision of training and replay; half precision makes replayed scores noise"
     )
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    threads: int = Field(default=2, ge=1, description="CPU threads; the bits of a step depend on it, so it is pinned")
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:(0|[1-9][0-9]?))?)$",
+        description="where it is computed",
+        json_schema_extra={"allowed": "cpu, cuda or cuda:N"},
+    )
+    threads: int = Field(
+        default=2, ge=1, le=1024, description="CPU threads; the bits of a step depend on it, so it is pinned"
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
@@ -97,7 +116,7 @@ class TrainConfig(Section):
             )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"warmup_epochs must leave an epoch for the schedule; found {self.warmup_epochs} of {self.epochs} epochs"
+                f"warmup_epochs must leave an epoch for the schedule; found {self.warmup_epochs} of {self.epochs}"
             )
         return self
 
@@ -111,7 +130,9 @@ class RecordConfig(Section):
     evaluate_every: int = Field(
         default=1, ge=0, description="epochs between two evaluations while training; 0 evaluates at the end only"
     )
-    pixels: bool = Field(default=False, description="keep the pixels of each batch, as the model saw them, in the trace")
+    pixels: bool = Field(
+        default=False, description="keep the pixels of each batch, as the model saw them, in the trace"
+    )
 
 
 class ReplayConfig(Section):
@@ -135,6 +156,24 @@ class ReplayConfig(Section):
         return not (self.clip_gradient or self.clip_parameters)
 
 
+class LdsConfig(Section):
+    """How scores are checked by retraining on subsets."""
+
+    subsets: int = Field(default=64, ge=3, description="subsets drawn for each drop share, one retraining each")
+    drop: str = Field(
+        default="0.01", min_length=1, description="share of the training examples removed, or several: 0.01,0.05"
+    )
+    executor: Literal["local"] = Field(default="local", description="where retrainings run")
+    workers: int = Field(default=1, ge=1, description="retrainings at once; 1 runs them in this process")
+    baselines: bool = Field(default=True, description="score the same subsets by TracIn, last gradient and random too")
+    metasmoothness: bool = Field(
+        default=False, description="measure whether training moves in a straight line with the weights (3 trainings)"
+    )
+    keep_states: bool = Field(default=False, description="keep the final state of every retraining")
+    resamples: int = Field(default=1000, ge=100, description="bootstrap samples behind the interval of the mean LDS")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="confidence of that interval")
+
+
 class ReportConfig(Section):
     """What people look at."""
 
@@ -150,6 +189,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     record: RecordConfig = Field(default_factory=RecordConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
+    lds: LdsConfig = Field(default_factory=LdsConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
 
     @classmethod
@@ -225,11 +265,11 @@ class Config(Section):
         """The fields of some sections that decide a result, for fingerprints.
 
         Left out is what cannot change a bit of it: where the data lie (their content has a fingerprint of its own),
-        whether they may be downloaded, and where replayed states are kept.
+        whether they may be downloaded, where replayed states are kept, and how retrainings are spread out.
         """
         dumped = self.model_dump()
         kept = {name: dumped[name] for name in sections}
-        for section, field in (("data", "root"), ("data", "download"), ("replay", "mode")):
+        for section, field in NO_IDENTITY:
             if section in kept:
                 kept[section] = {name: value for name, value in kept[section].items() if name != field}
         return kept
@@ -264,15 +304,17 @@ def allowed(name: str) -> str:
     for section in sections:
         model = model.model_fields[section].annotation
     schema = model.model_json_schema()["properties"][last]
+    if "allowed" in schema:
+        return str(schema["allowed"])
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return f"only {schema['const']}"
-    kind = {"integer": "integer", "number": "finite number", "boolean": "true or false", "string": "text"}[schema["type"]]
+    kind = {"integer": "integer", "number": "finite number", "boolean": "true or false", "string": "text"}[
+        schema["type"]
+    ]
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[key]}" for key, sign in limits.items() if key in schema]
-    if schema.get("pattern"):
-        bounds.append(f"of the form {schema['pattern'].strip('^$')}")
     if schema.get("minLength"):
         bounds.append("that is not empty")
     return " ".join([kind, " and ".join(bounds)]).strip()
@@ -287,8 +329,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             sentences.append(_unknown_field(name))
         elif problem["type"] == "value_error":
             sentences.append(f"{name}: {problem['ctx']['error']}")
+        elif name in Config.model_fields and name not in field_names():
+            fields = ", ".join(field for field in field_names() if field.startswith(f"{name}."))
+            sentences.append(f"{name}: found {problem['input']!r}; allowed: a group with the fields {fields}")
         elif name in field_names():
-            sentences.append(f"{name}: found {problem['input']!r}; allowed: {allowed(name)}{_hint(name, problem['input'])}")
+            sentences.append(
+                f"{name}: found {problem['input']!r}; allowed: {allowed(name)}{_hint(name, problem['input'])}"
+            )
         else:
             sentences.append(f"{name or model.__name__}: {problem['msg']}; found {problem['input']!r}")
     return "; ".join(sentences)
@@ -301,21 +348,21 @@ def _hint(name: str, found: object) -> str:
 
 
 def _unknown_field(name: str) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, field_names(), n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f", did you mean {close[0]}?" if close else ""
     section = name.split(".")[0]
     known = [field for field in field_names() if field.startswith(f"{section}.")] or list(field_names())
-    return f"{name}: unknown config field{hint} Allowed: {', '.join(known)}"
+    return f"{name}: unknown config field{hint}; allowed: {', '.join(known)}"
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     if name not in field_names():
-        raise ConfigError(_unknown_field(name))
+        raise ConfigError(_unknown_field(str(name)))
     *sections, last = name.split(".")
     for section in sections:
         values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            return  # a preset with `train = 3`: validation says what is wrong with it
     values[last] = value
 
 
@@ -328,7 +375,9 @@ def parse_overrides(text: str) -> dict[str, str]:
         name, equals, value = part.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise ConfigError(f"set: found {part.strip()!r}; allowed: field=value pairs such as train.epochs=3,train.lr=0.1")
+            raise ConfigError(
+                f"set: found {part.strip()!r}; allowed: field=value pairs such as train.epochs=3,train.lr=0.1"
+            )
         if name in pairs:
             raise ConfigError(f"set: {name} is given twice: {pairs[name]!r} and {value.strip()!r}")
         pairs[name] = value.strip()
@@ -348,8 +397,9 @@ def load_preset(preset: str) -> dict[str, Any]:
     elif preset.endswith(".toml"):
         try:
             text = Path(preset).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"preset: the file {preset!r} cannot be read: {error}") from None
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null character
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"preset: the file {preset!r} cannot be read: {reason}") from None
     else:
         raise ConfigError(
             f"preset: found {preset!r}; allowed: {', '.join(preset_names())}, or the path of a .toml file of that form"

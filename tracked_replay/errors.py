@@ -9,6 +9,10 @@ class ConfigError(TrackedReplayError, ValueError):
     """A parameter or config field is unknown, has the wrong type or a value outside what is allowed."""
 
 
+class TaskError(TrackedReplayError):
+    """A task's own code raised an exception, or gave back something of another form than promised."""
+
+
 class DataError(TrackedReplayError):
     """A data set is missing, damaged or does not have the shape that the task promises."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_config, tiny_setup
+from tiny import tiny_config, tiny_setup
 from safetensors import safe_open
 
 from tracked_replay.determinism import load_generator_states

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_setup
+from tiny import tiny_setup
 from torch import Tensor
 
 from tracked_replay.recording import Recorder, Recording, folder_source

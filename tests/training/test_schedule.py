@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_setup
+from tiny import tiny_config, tiny_setup
 from torch.optim import lr_scheduler
 
 from tracked_replay.training import learning_rates, parameter_groups

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TinyTask, tiny_config, tiny_setup
+from tiny import TinyTask, tiny_config, tiny_setup
 from torch import nn
 
 from tracked_replay.errors import NumericalError, TrackedReplayError

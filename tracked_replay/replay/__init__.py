@@ -1,6 +1,7 @@
 """The replay: the exact adjoint of a recorded training, traversed from the last step to the first."""
 
 from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
+from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
 from tracked_replay.replay.states import choose_mode, states_backward
 from tracked_replay.replay.targets import Target, parse_targets
@@ -8,6 +9,7 @@ from tracked_replay.replay.traversal import StepScores, replay, require_recorded
 
 __all__ = [
     "Cotangent",
+    "DifferentiableModel",
     "PerStepWriter",
     "ScoreSum",
     "StepAdjoint",

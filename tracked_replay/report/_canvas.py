@@ -4,13 +4,15 @@ Only `matplotlib.figure.Figure` is used. pyplot would choose a backend and keep 
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
@@ -19,7 +21,8 @@ from ._text import FONT, compact, fitted_text
 
 DPI = 120
 WIDTH = 1000 / DPI  # inches
-MARGIN = 0.2  # inches
+MARGIN = 0.2  # inches, as all below
+LEGEND_ROOM = 2.0
 # Blue and vermilion of Okabe and Ito: told apart with every common form of colour blindness, and in print.
 HELP = "#0072B2"
 HARM = "#C44E00"
@@ -28,7 +31,7 @@ GREY = "#5F6368"
 FAINT = "#D5D8DC"
 HELP_MARK = "▼"
 HARM_MARK = "▲"
-_TICK_STEPS = [1, 2, 5, 10]
+TICK_STEPS = [1, 2, 5, 10]
 
 _STYLE = {
     "font.family": FONT,
@@ -69,6 +72,13 @@ def new_figure(height: float, title: str) -> Figure:
     return figure
 
 
+def title_of_first(title: str, shown: int, count: int, of: str) -> str:
+    """Return a title that says so where only the first `shown` of `count` things are drawn."""
+    if shown == count:
+        return title
+    return fitted_text(title, WIDTH - 2 * MARGIN - 3.2, 12, "bold", limit=80) + f" (the first {shown} of {count} {of})"
+
+
 def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
     """Add axes whose upper left corner lies `left` and `top` inches from the figure's; sizes in inches."""
     across, down = figure.get_size_inches()
@@ -106,7 +116,7 @@ def write(
 def number_axis(axes: Axes, name: str, ticks: int = 5) -> None:
     """Label the vertical axis and give it about `ticks` short numbers."""
     axes.set_ylabel(name)
-    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=_TICK_STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=TICK_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(compact))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -116,11 +126,34 @@ def step_axis(axes: Axes, steps: np.ndarray, *, labelled: bool) -> None:
     """Let the horizontal axis span `steps` (steps,); only the lowest panel of a stack is `labelled`."""
     room = 0.01 * float(steps[-1] - steps[0]) or 0.5
     axes.set_xlim(float(steps[0]) - room, float(steps[-1]) + room)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=_TICK_STEPS, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=TICK_STEPS, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _position: f"{step:,.0f}"))
     axes.tick_params(axis="x", labelbottom=labelled)
     if labelled:
         axes.set_xlabel("training step")
+
+
+def side_legend(axes: Axes, lines: Sequence[Line2D], names: Sequence[str], top: float, heading: str = "") -> None:
+    """Put a legend right of the axes, in `LEGEND_ROOM`, its top at `top` (0 is the bottom of the axes, 1 their top)."""
+    if not lines:
+        return
+    # Named afterwards: matplotlib drops an entry whose name starts with an underscore.
+    legend = Legend(
+        axes,
+        lines,
+        [f"line {number}" for number in range(len(lines))],
+        loc="upper left",
+        bbox_to_anchor=(1.01, top),
+        borderaxespad=0,
+        handlelength=2.8,
+        title=heading or None,
+        alignment="left",
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(fitted_text(name, LEGEND_ROOM - 0.5, 8))
+    legend.get_title().set_fontweight("bold")
+    # Not axes.legend, which keeps only the last of several.
+    axes.add_artist(legend)
 
 
 def finite(name: str, values: ArrayLike, ndim: int) -> np.ndarray:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from ._canvas import (
@@ -17,6 +15,7 @@ from ._canvas import (
     HELP,
     HELP_MARK,
     INK,
+    LEGEND_ROOM,
     MARGIN,
     WIDTH,
     add_axes,
@@ -26,10 +25,10 @@ from ._canvas import (
     finite,
     new_figure,
     number_axis,
+    side_legend,
     step_axis,
     write,
 )
-from ._text import fitted_text
 
 _MAX_CURVES = 6
 _MAX_NAMED_TARGETS = 8
@@ -43,7 +42,6 @@ _LEFT = 0.95  # inches, as all below
 _TOP = 0.65
 _BETWEEN = 0.22
 _BOTTOM = 0.65
-_LEGEND = 2.0
 
 
 def _stack(heights: Sequence[float], title: str, steps: np.ndarray, legend_room: float) -> tuple[Figure, list[Axes]]:
@@ -57,29 +55,6 @@ def _stack(heights: Sequence[float], title: str, steps: np.ndarray, legend_room:
         panels.append(panel)
         top += height + _BETWEEN
     return figure, panels
-
-
-def _legend(axes: Axes, lines: Sequence[Line2D], names: Sequence[str], top: float, heading: str = "") -> None:
-    """Put a legend right of the axes, its top at `top` (0 is the bottom of the axes, 1 their top)."""
-    if not lines:
-        return
-    # Named afterwards: matplotlib drops an entry whose name starts with an underscore.
-    legend = Legend(
-        axes,
-        lines,
-        [f"line {number}" for number in range(len(lines))],
-        loc="upper left",
-        bbox_to_anchor=(1.01, top),
-        borderaxespad=0,
-        handlelength=2.8,
-        title=heading or None,
-        alignment="left",
-    )
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(fitted_text(name, _LEGEND - 0.5, 8))
-    legend.get_title().set_fontweight("bold")
-    # Not axes.legend, which keeps only the last of several.
-    axes.add_artist(legend)
 
 
 def _marker(steps: np.ndarray) -> str:
@@ -97,7 +72,7 @@ def _draw_learning_rates(axes: Axes, steps: np.ndarray, rates: np.ndarray) -> No
     low, high = min(0.0, float(rates.min())), max(0.0, float(rates.max()))
     axes.set_ylim(1.15 * low, 1.15 * high if high > 0 or low < 0 else 1.0)
     if 1 < groups <= _MAX_GROUPS_NAMED:
-        _legend(axes, lines, [f"parameter group {group}" for group in range(groups)], 1.0)
+        side_legend(axes, lines, [f"parameter group {group}" for group in range(groups)], 1.0)
 
 
 def _checked_rates(learning_rates: ArrayLike, steps: np.ndarray) -> np.ndarray:
@@ -151,7 +126,7 @@ def influence_over_training_figure(
     if not len(helpful) and not len(harmful):
         raise ValueError("there is no curve to draw: helpful_curves and harmful_curves are both empty")
     with drawing_style():
-        figure, panels = _stack([2.9, 0.9] + [0.9] * (loss is not None), title, at, _LEGEND)
+        figure, panels = _stack([2.9, 0.9] + [0.9] * (loss is not None), title, at, LEGEND_ROOM)
         sides = (
             (harmful, harmful_labels, HARM, f"{HARM_MARK} harm", "raise the loss", 1.0),
             (helpful, helpful_labels, HELP, f"{HELP_MARK} help", "lower the loss", 0.48),
@@ -163,7 +138,7 @@ def influence_over_training_figure(
             ]
             some = len(curves) > _MAX_CURVES
             heading = f"{side}, the first {_MAX_CURVES} of {len(curves)}" if some else f"{side}: {meaning}"
-            _legend(panels[0], lines, labels[: len(lines)], top, heading)
+            side_legend(panels[0], lines, labels[: len(lines)], top, heading)
         panels[0].axhline(0.0, color=INK, linewidth=0.9)
         number_axis(panels[0], "score, summed up to the step")
         _draw_learning_rates(panels[1], at, rates)
@@ -216,7 +191,7 @@ def influence_share_over_training_figure(
     notes = [f"each point is the mean of {together} steps"] if together > 1 else []
     names = [name for name, keep in zip(target_names, moved, strict=True) if keep]
     with drawing_style():
-        figure, (panel,) = _stack([3.2], title, at, _LEGEND)
+        figure, (panel,) = _stack([3.2], title, at, LEGEND_ROOM)
         named = len(names) <= _MAX_NAMED_TARGETS
         lines = [
             panel.plot(
@@ -235,7 +210,7 @@ def influence_share_over_training_figure(
         if len(shares):
             mean = panel.plot(at_points, shares.mean(axis=0), color=INK, linewidth=2.6, marker=_marker(at_points))[0]
             lines, names = [mean, *lines], ["mean of the targets", *names]
-        _legend(panel, lines, names, 1.0)
+        side_legend(panel, lines, names, 1.0)
         number_axis(panel, "share of all |influence|, % a step")
         panel.set_ylim(0, 1.1 * float(shares.max()) if len(shares) else 1.0)
         still = int(np.count_nonzero(~moved))
@@ -263,13 +238,13 @@ def _draw_losses(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
         names.append(f"mean of {2 * half + 1} steps")
     number_axis(axes, "training loss")
     axes.set_ylim(bottom=min(0.0, float(losses.min())))
-    _legend(axes, lines, names, 1.0)
+    side_legend(axes, lines, names, 1.0)
 
 
 def _draw_accuracy(axes: Axes, epoch_ends: np.ndarray, accuracy: np.ndarray) -> None:
     (line,) = axes.plot(epoch_ends, 100 * accuracy, color=HELP, marker="o", markersize=3, linewidth=1.0)
     number_axis(axes, "evaluation\naccuracy, %", 4)
-    _legend(axes, [line], [f"last: {100 * accuracy[-1]:.1f} %"], 1.0)
+    side_legend(axes, [line], [f"last: {100 * accuracy[-1]:.1f} %"], 1.0)
 
 
 def training_figure(
@@ -297,7 +272,7 @@ def training_figure(
         if accuracy.min() < 0 or accuracy.max() > 1:
             raise ValueError("evaluation_accuracy must lie between 0 and 1")
     with drawing_style():
-        figure, panels = _stack([2.6] + [1.1] * (accuracy is not None) + [0.9], title, at, _LEGEND)
+        figure, panels = _stack([2.6] + [1.1] * (accuracy is not None) + [0.9], title, at, LEGEND_ROOM)
         if len(ends) <= _MAX_EPOCH_LINES:
             for panel in panels:
                 for end in ends:

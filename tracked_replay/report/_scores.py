@@ -19,6 +19,7 @@ from ._canvas import (
     drawing_style,
     finite,
     new_figure,
+    title_of_first,
     write,
 )
 from ._text import fitted_text, plain_text, signed
@@ -104,9 +105,7 @@ def score_histogram_figure(scores: dict[str, np.ndarray], title: str) -> Figure:
         raise ValueError("there are no targets: scores is empty")
     arrays = {name: finite(f"scores of target {plain_text(name)}", values, 1) for name, values in scores.items()}
     shown = list(arrays.items())[:_MAX_PANELS]
-    if len(arrays) > len(shown):
-        title = fitted_text(title, WIDTH - 2 * MARGIN - 3.2, 12, "bold", limit=80)
-        title += f" (the first {len(shown)} of {len(arrays)} targets)"
+    title = title_of_first(title, len(shown), len(arrays), "targets")
     columns = min(len(shown), _MAX_COLUMNS)
     rows = math.ceil(len(shown) / columns)
     pitch = (WIDTH - MARGIN - _RIGHT + _GAP) / columns

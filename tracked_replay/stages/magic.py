@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tracked_replay import report
 from tracked_replay.config import Config, parse_overrides
-from tracked_replay.errors import ConfigError, DataError, ReplayError
+from tracked_replay.errors import ConfigError, DataError, NumericalError, ReplayError, TaskError
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, state_digest, write_digests, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
@@ -34,11 +33,11 @@ from tracked_replay.replay import (
     write_influence,
 )
 from tracked_replay.replay.scores import INFLUENCE, TARGETS
-from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, save_figure, train_stage
+from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.tracking import (
     StageRun,
-    artifacts_of,
     find_finished,
     names,
     point_to,
@@ -57,7 +56,12 @@ CURVES = 5  # helpful and harmful examples in a figure over training time
 
 
 def magic_stage(
-    problem: Problem, targets: Sequence[Target], train_run_id: str | None, *, force: bool = False, may_point: bool = True
+    problem: Problem,
+    targets: Sequence[Target],
+    train_run_id: str | None,
+    *,
+    force: bool = False,
+    may_point: bool = True,
 ) -> Outcome:
     """Replay a recorded training (trained first where no run is named and none matches).
 
@@ -69,19 +73,26 @@ def magic_stage(
             named).
         may_point: see :func:`~tracked_replay.stages.train.train_stage`.
     """
+    with task_errors(problem.config):
+        return _magic_stage(problem, targets, train_run_id, force=force, may_point=may_point)
+
+
+def _magic_stage(
+    problem: Problem, targets: Sequence[Target], train_run_id: str | None, *, force: bool, may_point: bool
+) -> Outcome:
     title = f"magic · {problem.task.name} · {len(targets)} target{'s' if len(targets) != 1 else ''}"
-    known = train_run_id or _matching_training(problem, force)
+    known = train_run_id or (None if force else matching_training(problem))
     if known is not None:
         if train_run_id is None:
             logger.info("reusing training run %s (same config, data and code)", known)
-        fingerprint = _fingerprint(problem, targets, known)
+        fingerprint = magic_fingerprint(problem, targets, known)
         found = None if force else find_finished(names.MAGIC, fingerprint)
         if found is not None:
             logger.info("reusing influence run %s (same training run, targets, config and code)", found)
             if may_point:
                 point_to(names.MAGIC, found, title, {"train_run_id": known})
             return Outcome(found, reused=True)
-        setup = _checked_setup(problem, open_recording(known))
+        setup = checked_setup(problem, open_recording(known))
         with stage_run(names.MAGIC, fingerprint, title, {"train_run_id": known}) as run:
             _magic(problem, setup, open_recording(known), targets, known, run)
             return Outcome(run.run_id, reused=False)
@@ -89,19 +100,19 @@ def magic_stage(
     with stage_run(names.MAGIC, None, title, {}) as run:
         trained = train_stage(problem, force=force).run_id
         run.tag({f"{names.INPUT}train_run_id": trained})
-        run.fingerprint = _fingerprint(problem, targets, trained)
+        run.fingerprint = magic_fingerprint(problem, targets, trained)
         recording = open_recording(trained)
-        _magic(problem, _checked_setup(problem, recording), recording, targets, trained, run)
+        _magic(problem, checked_setup(problem, recording), recording, targets, trained, run)
         return Outcome(run.run_id, reused=False)
 
 
-def _matching_training(problem: Problem, force: bool) -> str | None:
-    from tracked_replay.stages import train
+def matching_training(problem: Problem) -> str | None:
+    """The finished ``train`` run of the same config, data and code, if there is one."""
+    return find_finished(names.TRAIN, problem.fingerprint(names.TRAIN, TRAIN_SECTIONS, {}))
 
-    return None if force else find_finished(names.TRAIN, problem.fingerprint(names.TRAIN, train.SECTIONS, {}))
 
-
-def _fingerprint(problem: Problem, targets: Sequence[Target], train_run_id: str) -> str:
+def magic_fingerprint(problem: Problem, targets: Sequence[Target], train_run_id: str) -> str:
+    """Identity of the scores of some targets on a recorded training."""
     return problem.fingerprint(
         names.MAGIC,
         SECTIONS,
@@ -110,7 +121,7 @@ def _fingerprint(problem: Problem, targets: Sequence[Target], train_run_id: str)
     )
 
 
-def _checked_setup(problem: Problem, recording: Recording) -> TrainingSetup:
+def checked_setup(problem: Problem, recording: Recording) -> TrainingSetup:
     """The setup of the recorded run, if this is still its data and its step.
 
     Raises:
@@ -158,6 +169,7 @@ def _magic(
     run.tag({names.EXACT: str(exact).lower()})
     mode = choose_mode(config.replay.mode, setup, recording)
     run.params({"replay_mode_used": mode, "targets_count": len(targets)})
+    values = _measurements(setup, recording, targets)
     adjoint = StepAdjoint(setup.step, config.replay)
     total = ScoreSum(targets, problem.data.num_train)
     absolute = np.zeros((len(targets), recording.trace.steps))
@@ -175,7 +187,6 @@ def _magic(
         run.metric("replay/seconds", time.perf_counter() - started)
         labels = problem.data.train.labels.cpu().numpy()
         write_influence(root, influence_table(targets, total.scores, labels))
-        values = _measurements(setup, recording, targets)
         write_json(root / TARGETS, [target.to_json_dict() | {"measurement": value} for target, value in values])
         for t, value in enumerate(absolute.mean(axis=0)):
             run.metric("influence/absolute_sum_of_step", value, t)
@@ -195,7 +206,16 @@ def _magic(
 
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
     measured = evaluate(setup, recording.state(recording.final).to(setup.device)).measurements
-    return [(target, float(measured[list(target.indices)] @ np.array(target.coefficients))) for target in targets]
+    if measured.shape != (setup.data.num_evaluation,):
+        raise TaskError(
+            f"{setup.task.name}.measurement: found values of shape {measured.shape} for {setup.data.num_evaluation} "
+            f"evaluation examples; allowed: one value an example"
+        )
+    values = [(target, float(measured[list(target.indices)] @ np.array(target.coefficients))) for target in targets]
+    for target, value in values:
+        if not math.isfinite(value):
+            raise NumericalError(f"target {target.name}: its measurement after the last step is {value}")
+    return values
 
 
 def _extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,12 +261,15 @@ def _figures(
     targets = [target for target, _ in values]
     if len(targets) > FIGURES:
         logger.info("figures for the first %d of %d targets; all scores are in %s", FIGURES, len(targets), INFLUENCE)
-    for (target, value), found in progress(zip(values[:FIGURES], scores, strict=False), min(len(values), FIGURES), "figures", "target"):
+    for (target, value), found in progress(
+        zip(values[:FIGURES], scores, strict=False), min(len(values), FIGURES), "figures", "target"
+    ):
         helpful, harmful = _extremes(found, problem.config.report.examples)
         if not len(helpful) and not len(harmful):
             logger.warning("target %s: no training example has any influence on it, so it gets no figure", target.name)
             continue
-        file = target.name.replace(":", "-").replace(",", "_")[:40]
+        # By ID: the name of a combination can be of any length, and two may begin alike.
+        file = str(target.id) if target.id >= 0 else f"combination-{-target.id}"
         if len(target.indices) == 1:
             index = target.indices[0]
             label = problem.task.label_names[int(data.evaluation.labels[index])]
@@ -279,9 +302,7 @@ def _figures(
     save_figure(root, "influence-share-over-training", share)
 
 
-def _description(
-    problem: Problem, targets: Sequence[Target], train_run_id: str, mode: str, exact: bool
-) -> str:
+def _description(problem: Problem, targets: Sequence[Target], train_run_id: str, mode: str, exact: bool) -> str:
     shown = ", ".join(target.name for target in targets[:12]) + (", …" if len(targets) > 12 else "")
     kind = "Exact influence" if exact else "**Inexact** influence (clipping was on)"
     return (
@@ -294,24 +315,14 @@ def _description(
     )
 
 
-def load_scores(run_id: str) -> pa.Table:
-    """The influence scores of a finished ``magic`` run.
-
-    Args:
-        run_id: the run.
-
-    Returns:
-        A table with ``target`` (evaluation index; negative for combinations, which ``scores/targets.json`` lists),
-        ``train_index``, ``label`` and ``score`` = ∂measurement/∂weight of that example at weight 1.
-
-    Raises:
-        RunError: no such run, another stage, or not finished.
-        RecordingError: the scores are missing or damaged.
-    """
-    run = resolve(run_id, names.MAGIC, "run_id")
-    recording = Recording(artifacts_of(run.info.run_id), run.data.tags[names.DIGESTS])
-    with recording.open(INFLUENCE) as path:
-        return pq.read_table(path)
+def require_fields(pairs: Mapping[str, Any], sections: Sequence[str], parameter: str, run_id: str) -> None:
+    """Check that overrides of a recorded config stay in some sections. Raises ConfigError."""
+    for name in pairs:
+        if name.split(".")[0] not in sections and name != "data.root":
+            raise ConfigError(
+                f"{name}: cannot be changed for the recorded run {run_id}; allowed with {parameter}: fields of "
+                f"{' and '.join(sections)}, and data.root"
+            )
 
 
 def run_magic(
@@ -344,12 +355,7 @@ def run_magic(
     if train_run_id:
         if config is not None:
             raise ConfigError("config: a config and train_run_id were both given; allowed: one of them")
-        wrong = [name for name in pairs if name.split(".")[0] not in REPLAY_SECTIONS and name != "data.root"]
-        if wrong:
-            raise ConfigError(
-                f"{wrong[0]}: cannot be changed for the recorded training run {train_run_id}; allowed with "
-                f"train_run_id: fields of {' and '.join(REPLAY_SECTIONS)}, and data.root"
-            )
+        require_fields(pairs, REPLAY_SECTIONS, "train_run_id", train_run_id)
         config = open_recording(train_run_id).config
         train_run_id = resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id
     config = (config or Config.resolve()).override(pairs | ({"data.root": data_root} if data_root else {}))

@@ -24,7 +24,9 @@ class StageParameters(BaseModel):
         examples=["cifar10-small"],
     )
     seed: str = Field(default="", description="master seed; empty: the preset's", examples=["7"])
-    data_root: str = Field(default="", description="folder that holds the data set; empty: the preset's", examples=["data"])
+    data_root: str = Field(
+        default="", description="folder that holds the data set; empty: the preset's", examples=["data"]
+    )
     set: str = Field(
         default="", description="overrides of config fields", examples=["train.epochs=3,train.batch_size=64"]
     )
@@ -85,15 +87,77 @@ class MagicParameters(StageParameters):
         pairs = parse_overrides(self.set)
         if self.replay_mode:
             if "replay.mode" in pairs and pairs["replay.mode"] != self.replay_mode:
-                raise ConfigError(f"replay_mode: found {self.replay_mode!r}, but set says replay.mode={pairs['replay.mode']}")
+                raise ConfigError(
+                    f"replay_mode: found {self.replay_mode!r}, but set says replay.mode={pairs['replay.mode']}"
+                )
             pairs["replay.mode"] = self.replay_mode
         return pairs
 
 
+class LdsParameters(MagicParameters):
+    """Validate influence scores by retraining without random subsets.
+
+    Runs or reuses magic where no influence run is named. An interrupted validation goes on where it stopped.
+    """
+
+    targets: str = Field(
+        default="0-7", description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
+    )
+    magic_run_id: str = Field(
+        default="", description="a finished magic run to validate; empty: find or make one", examples=["9be1…"]
+    )
+    subsets: str = Field(default="", description="subsets for each drop share; empty: the preset's", examples=["64"])
+    drop: str = Field(
+        default="", description="share removed, or several: 0.01,0.05; empty: the preset's", examples=["0.01,0.05"]
+    )
+    executor: str = Field(default="", description="where retrainings run: local; empty: the preset's")
+    workers: str = Field(default="", description="retrainings at once; empty: the preset's", examples=["2"])
+
+    def overrides(self) -> dict[str, str]:
+        """``set`` and the parameters of the stage as config overrides. Raises ConfigError."""
+        pairs = super().overrides()
+        for name in ("subsets", "drop", "executor", "workers"):
+            value, field = getattr(self, name), f"lds.{name}"
+            if not value:
+                continue
+            if field in pairs and pairs[field] != value:
+                raise ConfigError(f"{name}: found {value!r}, but set says {field}={pairs[field]}")
+            pairs[field] = value
+        return pairs
+
+
+class MainParameters(LdsParameters):
+    """Train, compute influence, and validate it, under one parent run."""
+
+
+class VerifyParameters(StageParameters):
+    """Check a recorded run: order, trace, weights, initial model, config, digests, and a retraining."""
+
+    train_run_id: str = Field(default="", description="the finished train run to check", examples=["4f0c…"])
+
+
+class CounterfactualParameters(StageParameters):
+    """Remove or reweight named examples, retrain, and show predicted beside actual for every target."""
+
+    train_run_id: str = Field(default="", description="the finished train run to retrain", examples=["4f0c…"])
+    magic_run_id: str = Field(
+        default="", description="a finished magic run whose scores and targets are used; empty: targets says which"
+    )
+    targets: str = Field(default="0", description=MagicParameters.model_fields["targets"].description, examples=["0-7"])
+    remove: str = Field(
+        default="",
+        description="examples to remove: indices (3,17,40-49), a file of them, or harmful:20@3 (with magic_run_id)",
+        examples=["3,17,40-49"],
+    )
+    weights: str = Field(
+        default="", description="examples to reweight: 3=0,17=2.5, or a JSON file", examples=["3=0,17=2.5"]
+    )
+
+
 def parse(model: type[StageParameters], values: dict[str, object]) -> StageParameters:
-    """Validate the parameters of a stage. Raises ConfigError."""
+    """Validate the parameters of a stage; an empty one means "not given". Raises ConfigError."""
     try:
-        return model.model_validate(values)
+        return model.model_validate({name: value for name, value in values.items() if value != ""})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = str(problem["loc"][0])

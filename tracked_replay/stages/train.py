@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from tracked_replay import report
 from tracked_replay.config import Config
 from tracked_replay.errors import RecordingError
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recorder, Recording, write_json
-from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.tasks import BUILT_IN_TASKS
 from tracked_replay.tracking import (
     StageRun,
@@ -68,11 +69,12 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
         if may_point:
             point_to(names.TRAIN, found, title, {})
         return Outcome(found, reused=True)
-    # Made before the run starts: a device that is not there or a batch that is too large leaves no run behind.
-    setup = set_up(problem.config, problem.task, problem.data)
-    with stage_run(names.TRAIN, fingerprint, title, {}) as run:
-        _train(problem, setup, run)
-        return Outcome(run.run_id, reused=False)
+    with task_errors(problem.config):
+        # Made before the run starts: a device that is not there or a batch that is too large leaves no run behind.
+        setup = set_up(problem.config, problem.task, problem.data)
+        with stage_run(names.TRAIN, fingerprint, title, {}) as run:
+            _train(problem, setup, run)
+            return Outcome(run.run_id, reused=False)
 
 
 def open_recording(run_id: str) -> Recording:
@@ -123,12 +125,17 @@ def log_problem(problem: Problem, run: StageRun) -> None:
     run.tag({names.TASK: problem.task.name})
     for examples, context in ((problem.data.train, "training"), (problem.data.evaluation, "evaluation")):
         run.dataset(
-            examples.inputs.cpu().numpy(),
-            examples.labels.cpu().numpy(),
+            _array(examples.inputs),
+            _array(examples.labels),
             f"{problem.task.name} ({context})",
             examples.fingerprint(),
             context,
         )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
 
 
 def _evaluate(setup: TrainingSetup, state: State, run: StageRun, epoch: int) -> float | None:
@@ -155,8 +162,9 @@ def _describe_data(problem: Problem, root: Path) -> None:
     if problem.config.data.task in BUILT_IN_TASKS:
         return
     (root / TASK_COPY).mkdir(parents=True)
-    for path in problem.task.source_files():
-        shutil.copyfile(path, root / TASK_COPY / path.name)
+    for place, path in enumerate(problem.task.source_files()):
+        copy = root / TASK_COPY / path.name
+        shutil.copyfile(path, copy if not copy.exists() else copy.with_name(f"{place}-{path.name}"))
 
 
 def _figure(root: Path, setup: TrainingSetup, losses: np.ndarray, accuracies: list[tuple[int, float]]) -> None:

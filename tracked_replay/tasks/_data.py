@@ -44,8 +44,13 @@ class TaskData:
         self.task = task
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         data = config.data
-        self.train = task.train_examples().subset(data.train_examples, field="data.train_examples")
-        self.evaluation = task.evaluation_examples().subset(data.evaluation_examples, field="data.evaluation_examples")
+        self._check_label_names()
+        train, evaluation = task.train_examples(), task.evaluation_examples()
+        for method, found in (("train_examples", train), ("evaluation_examples", evaluation)):
+            if not isinstance(found, Examples):
+                raise DataError(f"{task.name}.{method}: found {type(found).__name__}; allowed: Examples")
+        self.train = train.subset(data.train_examples, field="data.train_examples")
+        self.evaluation = evaluation.subset(data.evaluation_examples, field="data.evaluation_examples")
         for kind, examples in (("training", self.train), ("evaluation", self.evaluation)):
             self._check_labels(kind, examples)
 
@@ -106,6 +111,11 @@ class TaskData:
                 f"allowed: {len(raw)}, one an example, of type {self.dtype}"
             )
         return prepared
+
+    def _check_label_names(self) -> None:
+        names = self.task.label_names
+        if not isinstance(names, tuple | list) or not names or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{self.task.name}.label_names: found {names!r}; allowed: a tuple of at least one text")
 
     def _check_labels(self, kind: str, examples: Examples) -> None:
         names = self.task.label_names

@@ -18,6 +18,7 @@ from tracked_replay.tasks._digits import Digits
 from tracked_replay.tasks._task import Task
 
 BUILT_IN_TASKS: dict[str, type[Task]] = {task.name: task for task in (Digits, Cifar10)}
+LONGEST_NAME = 200  # MLflow takes 500 for what is made of it
 _OWN_FORM = "a task of your own as path/to/file.py:ClassName or module:ClassName"
 
 
@@ -43,7 +44,12 @@ def load_task(config: Config) -> Task:
             f"data.task: found {spec!r}{hint}; allowed: {', '.join(BUILT_IN_TASKS)}, or {_OWN_FORM}",
         )
     module = _module_of_file(place) if place.endswith(".py") else _module_of_name(place)
-    return _class_in(module, place, class_name)(config)
+    task = _class_in(module, place, class_name)(config)
+    if not isinstance(task.name, str) or not 0 < len(task.name) <= LONGEST_NAME:
+        raise ConfigError(
+            f"data.task: {spec} has the name {task.name!r}; allowed: a text of 1 to {LONGEST_NAME} letters"
+        )
+    return task
 
 
 def _class_in(module: ModuleType, place: str, class_name: str) -> type[Task]:
@@ -67,6 +73,8 @@ def _is_task(item: object) -> bool:
 
 
 def _module_of_file(place: str) -> ModuleType:
+    if "\0" in place:
+        raise ConfigError(f"data.task: found {place!r}, which holds a null character; allowed: {_OWN_FORM}")
     path = Path(place).expanduser().resolve()
     try:
         source = path.read_bytes()

@@ -1,6 +1,7 @@
 """The only place that knows MLflow: a stage as a run, lineage, artifacts, lookup by fingerprint."""
 
 from tracked_replay.tracking import names
+from tracked_replay.tracking.children import finished_children, record_child
 from tracked_replay.tracking.fingerprint import code_digest, fingerprint
 from tracked_replay.tracking.runs import (
     StageRun,
@@ -9,9 +10,10 @@ from tracked_replay.tracking.runs import (
     input_of,
     point_to,
     resolve,
+    shown_uri,
     stage_run,
     tag_of,
-    ui_command,
+    ui_hint,
     ui_path,
 )
 
@@ -21,12 +23,15 @@ __all__ = [
     "code_digest",
     "find_finished",
     "fingerprint",
+    "finished_children",
     "input_of",
     "names",
     "point_to",
+    "record_child",
     "resolve",
+    "shown_uri",
     "stage_run",
     "tag_of",
-    "ui_command",
+    "ui_hint",
     "ui_path",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,7 @@ import mlflow
 import numpy as np
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
@@ -24,11 +27,13 @@ from tracked_replay.errors import RunError
 from tracked_replay.recording import Fetch
 from tracked_replay.tracking import names
 from tracked_replay.tracking.artifacts import artifact_source
+from tracked_replay.tracking.process import close_abandoned, this_process
 
 logger = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
 PARAMS_PER_CALL = 100
+RUN_ID_FORM = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)  # what MLflow itself takes
 
 
 class StageRun:
@@ -37,11 +42,13 @@ class StageRun:
     Attributes:
         run_id: its ID.
         fingerprint: identity of its result; a stage that only knows its inputs later sets it before it ends.
+        reusable: whether a later stage may take the result for its own; a stage with parts missing says no.
     """
 
     def __init__(self, run_id: str, fingerprint: str | None = None) -> None:
         self.run_id = run_id
         self.fingerprint = fingerprint
+        self.reusable = True
         self._client = MlflowClient()
         self._metrics: list[Metric] = []
 
@@ -110,21 +117,24 @@ def stage_run(stage: str, fingerprint: str | None, name: str, inputs: Mapping[st
         inputs: upstream run IDs by parameter name.
     """
     nested = mlflow.active_run() is not None
+    close_abandoned(active_experiment())
     with _termination_as_interrupt():
         run = mlflow.start_run(nested=nested, log_system_metrics=True)
         status = "FAILED"
         try:
             stage_run = StageRun(run.info.run_id, fingerprint)
-            tags = {MLFLOW_RUN_NAME: name, names.STAGE: stage}
+            tags = {MLFLOW_RUN_NAME: name, names.STAGE: stage, names.PROCESS: this_process()}
             stage_run.tag(tags | {f"{names.INPUT}{key}": value for key, value in inputs.items()})
             yield stage_run
             stage_run.flush()
             if stage_run.fingerprint is None:
                 raise RuntimeError(f"stage {stage} ends without a fingerprint")
-            stage_run.tag({names.FINGERPRINT: stage_run.fingerprint})
+            if stage_run.reusable:
+                stage_run.tag({names.FINGERPRINT: stage_run.fingerprint})
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
+            _ignore_termination()
             raise
         finally:
             mlflow.end_run(status)
@@ -145,6 +155,12 @@ def _termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _ignore_termination() -> None:
+    """`mlflow run` answers Ctrl-C with a SIGTERM of its own; it must not break off the closing of the run."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def active_experiment() -> str:
@@ -177,13 +193,7 @@ def resolve(run_id: str, stage: str, parameter: str) -> Run:
     Raises:
         RunError: the run does not exist, is deleted, is of another stage, or is not FINISHED.
     """
-    client = MlflowClient()
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise RunError(
-            f"{parameter}: found {run_id!r}, but {mlflow.get_tracking_uri()} has no such run ({error.message})"
-        ) from None
+    run = _existing(run_id, parameter)
     if run.info.lifecycle_stage != "active":
         raise RunError(f"{parameter}: run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
     found = run.data.tags.get(names.STAGE)
@@ -192,9 +202,27 @@ def resolve(run_id: str, stage: str, parameter: str) -> Run:
         raise RunError(f"{parameter}: run {run_id} {what}; allowed: a finished run of stage {stage!r}")
     if run.info.status != "FINISHED":
         raise RunError(f"{parameter}: run {run_id} is {run.info.status}; allowed: a FINISHED run of stage {stage!r}")
-    if names.REUSES in run.data.tags:
-        return resolve(run.data.tags[names.REUSES], stage, parameter)
-    return run
+    if names.REUSES not in run.data.tags:
+        return run
+    # One hop only: a stage never points to a run that points on, and tags that people set could form a ring.
+    reused = _existing(run.data.tags[names.REUSES], f"{parameter}: the tag {names.REUSES} of run {run_id}")
+    if names.REUSES in reused.data.tags:
+        raise RunError(f"{parameter}: run {run_id} points to run {reused.info.run_id}, which points on to another run")
+    return resolve(reused.info.run_id, stage, parameter)
+
+
+def _existing(run_id: str, parameter: str) -> Run:
+    if not isinstance(run_id, str) or not RUN_ID_FORM.fullmatch(run_id):
+        shown = repr(run_id) if len(repr(run_id)) <= 80 else f"{repr(run_id)[:80]}…"
+        raise RunError(
+            f"{parameter}: found {shown}; allowed: the ID of a run, such as the 32 digits that a stage prints"
+        )
+    try:
+        return MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        raise RunError(f"{parameter}: found {run_id!r}, but {shown_uri()} has no such run") from None
 
 
 def input_of(run: Run, name: str) -> str:
@@ -235,18 +263,19 @@ def ui_path(run_id: str) -> str:
     return f"#/experiments/{experiment}/runs/{run_id}"
 
 
-def ui_command(run_id: str) -> str:
-    """What a user types or opens to see a run."""
-    uri = mlflow.get_tracking_uri()
+def ui_hint(run_id: str) -> str:
+    """What a user opens to see a run: a URL, with the command that serves it where no server does."""
+    uri, path = mlflow.get_tracking_uri(), ui_path(run_id)
     if uri.startswith(("http://", "https://")):
-        return f"{uri.rstrip('/')}/{ui_path(run_id)}"
-    return f"mlflow ui --backend-store-uri {_quoted(uri)}   # then open /{ui_path(run_id)}"
+        return f"{shown_uri().rstrip('/')}/{path}"
+    # A password is not printed; MLflow's own variable holds it.
+    store = shlex.quote(uri) if shown_uri() == uri else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {store}  then  http://127.0.0.1:5000/{path}"
 
 
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+def shown_uri() -> str:
+    """The tracking URI without the password that it may hold."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", mlflow.get_tracking_uri())
 
 
 def is_child(run: Run) -> bool:

@@ -1,0 +1,40 @@
+"""How far the scores can be trusted: subsets, retrainings, correlation, baselines, metasmoothness."""
+
+from tracked_replay.lds.baselines import BASELINES, baseline_scores
+from tracked_replay.lds.checks import Check, run_checks
+from tracked_replay.lds.correlation import MINIMUM_SUBSETS, Correlation, TargetCorrelation, correlate, predict
+from tracked_replay.lds.metasmoothness import metasmoothness
+from tracked_replay.lds.retraining import (
+    MakeSetup,
+    Retrained,
+    RetrainingJob,
+    final_state,
+    require_recorded_states,
+    retrain,
+    weight_tensor,
+)
+from tracked_replay.lds.subsets import Subset, draw_subsets, parse_drop, require_no_empty_batch
+
+__all__ = [
+    "BASELINES",
+    "MINIMUM_SUBSETS",
+    "Check",
+    "Correlation",
+    "MakeSetup",
+    "Retrained",
+    "RetrainingJob",
+    "Subset",
+    "TargetCorrelation",
+    "baseline_scores",
+    "correlate",
+    "draw_subsets",
+    "final_state",
+    "metasmoothness",
+    "parse_drop",
+    "predict",
+    "require_no_empty_batch",
+    "require_recorded_states",
+    "retrain",
+    "run_checks",
+    "weight_tensor",
+]

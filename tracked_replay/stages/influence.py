@@ -1,0 +1,95 @@
+"""A finished ``magic`` run, read back: targets, measurements, scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracked_replay.config import Config
+from tracked_replay.errors import RecordingError
+from tracked_replay.recording import Recording
+from tracked_replay.replay import Target
+from tracked_replay.replay.scores import INFLUENCE, TARGETS
+from tracked_replay.tracking import artifacts_of, input_of, names, resolve, tag_of
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What a ``magic`` run found.
+
+    Attributes:
+        run_id: the run.
+        train_run_id: the recorded training it replayed.
+        exact: whether its scores are exact.
+    """
+
+    run_id: str
+    train_run_id: str
+    exact: bool
+    recording: Recording
+
+    @classmethod
+    def open(cls, run_id: str, parameter: str = "magic_run_id") -> Influence:
+        """Open a finished ``magic`` run. Raises RunError, RecordingError."""
+        run = resolve(run_id, names.MAGIC, parameter)
+        found, identity = str(run.info.run_id), tag_of(run, names.DIGESTS)
+        if identity is None:
+            raise RecordingError(f"{parameter}: run {found} has no tag {names.DIGESTS}, so its files cannot be checked")
+        recording = Recording(artifacts_of(found), identity)
+        return cls(found, input_of(run, "train_run_id"), tag_of(run, names.EXACT) == "true", recording)
+
+    @property
+    def config(self) -> Config:
+        """The config it was computed with."""
+        return self.recording.config
+
+    @cached_property
+    def targets(self) -> tuple[Target, ...]:
+        """Its targets."""
+        return tuple(
+            Target(row["target"], row["name"], tuple(row["indices"]), tuple(row["coefficients"])) for row in self._rows
+        )
+
+    @cached_property
+    def measurements(self) -> np.ndarray:
+        """(targets,) measurements of the recorded run."""
+        return np.array([row["measurement"] for row in self._rows])
+
+    @cached_property
+    def _rows(self) -> list[dict]:
+        with self.recording.open(TARGETS) as path:
+            rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))
+            return rows
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The contract's table: ``target``, ``train_index``, ``label``, ``score``."""
+        with self.recording.open(INFLUENCE) as path:
+            return pq.read_table(path)
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """(targets, training examples) float64."""
+        return self.table["score"].to_numpy().reshape(len(self.targets), -1)
+
+
+def load_scores(run_id: str) -> pa.Table:
+    """The influence scores of a finished ``magic`` run.
+
+    Args:
+        run_id: the run.
+
+    Returns:
+        A table with ``target`` (evaluation index; negative for combinations, which ``scores/targets.json`` lists),
+        ``train_index``, ``label`` and ``score`` = ∂measurement/∂weight of that example at weight 1.
+
+    Raises:
+        RunError: no such run, another stage, or not finished.
+        RecordingError: the scores are missing or damaged.
+    """
+    return Influence.open(run_id, "run_id").table

@@ -1,0 +1,44 @@
+"""Stage ``main``: train, magic and lds under one parent run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tracked_replay.config import Config
+from tracked_replay.lds import parse_drop
+from tracked_replay.replay import parse_targets
+from tracked_replay.stages.influence import Influence
+from tracked_replay.stages.lds import lds_stage
+from tracked_replay.stages.magic import magic_stage
+from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.train import SECTIONS, log_problem, train_stage
+from tracked_replay.tracking import names, stage_run, ui_path
+
+
+def run_main(config: Config, targets: str | int | Sequence[int] = "0-7", *, force: bool = False) -> str:
+    """Record a training, compute influence on the targets, and validate it.
+
+    Args:
+        config: what to train, replay and validate.
+        targets: see :func:`~tracked_replay.replay.parse_targets`.
+        force: compute all three even where finished runs hold them.
+
+    Returns:
+        The ID of the parent run; its children are the three stages, or, where one was reused, an input tag names it.
+    """
+    problem = Problem.load(config)
+    chosen = parse_targets(targets, problem.data.num_evaluation)
+    parse_drop(config.lds.drop)
+    sections = (*SECTIONS, "replay", "lds", "report")
+    fingerprint = problem.fingerprint(names.MAIN, sections, {}, targets=[target.to_json_dict() for target in chosen])
+    with stage_run(names.MAIN, fingerprint, f"main · {problem.task.name} · seed {config.seed}", {}) as run:
+        log_problem(problem, run)
+        train_run = train_stage(problem, force=force).run_id
+        run.tag({f"{names.INPUT}train_run_id": train_run})
+        magic_run = magic_stage(problem, chosen, train_run, force=force, may_point=False).run_id
+        run.tag({f"{names.INPUT}magic_run_id": magic_run})
+        lds_run = lds_stage(problem, Influence.open(magic_run), force=force, may_point=False).run_id
+        run.tag({f"{names.INPUT}lds_run_id": lds_run})
+        links = {"training": train_run, "influence": magic_run, "validation": lds_run}
+        run.describe("\n".join(f"- {what}: [{run_id}]({ui_path(run_id)})" for what, run_id in links.items()))
+        return run.run_id

@@ -1,0 +1,73 @@
+"""Child runs that hold one piece of a stage's work each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlflow.entities import Metric, RunTag
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.time import get_current_time_millis
+
+from tracked_replay.tracking import names
+from tracked_replay.tracking.runs import active_experiment
+
+PAGE = 1000
+
+
+def record_child(
+    parent_run_id: str,
+    stage: str,
+    name: str,
+    train_run_id: str,
+    *,
+    fingerprint: str = "",
+    metrics: Mapping[str, float] | None = None,
+    folder: Path | None = None,
+    error: str = "",
+) -> str:
+    """Record a piece of work that has ended as a child run: FINISHED, or FAILED where there is an error.
+
+    It is made when the work is over, so that an interrupted stage leaves no child RUNNING; the fingerprint is set
+    after the artifacts, so that a half-recorded child is never reused.
+
+    Returns:
+        The child's run ID.
+    """
+    client = MlflowClient()
+    experiment = client.get_run(parent_run_id).info.experiment_id
+    now = get_current_time_millis()
+    started = now - round(1000 * (metrics or {}).get("seconds", 0.0))
+    tags = {MLFLOW_PARENT_RUN_ID: parent_run_id, names.STAGE: stage, f"{names.INPUT}train_run_id": train_run_id}
+    run_id = str(client.create_run(experiment, start_time=started, tags=tags, run_name=name).info.run_id)
+    rows = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
+    if folder is not None:
+        client.log_artifacts(run_id, str(folder))
+    extra = {names.FINGERPRINT: fingerprint} if fingerprint else {"error": error[:500]}
+    client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in extra.items()])
+    client.set_terminated(run_id, "FAILED" if error else "FINISHED", now)
+    return run_id
+
+
+def finished_children(stage: str, train_run_id: str) -> dict[str, str]:
+    """Run IDs by fingerprint of the FINISHED pieces of work on a recorded run, whoever their parent is."""
+    client = MlflowClient()
+    found: dict[str, str] = {}
+    token = None
+    while True:
+        page = client.search_runs(
+            [active_experiment()],
+            filter_string=(
+                f"tags.`{names.STAGE}` = '{stage}' and tags.`{names.INPUT}train_run_id` = '{train_run_id}' "
+                "and attributes.status = 'FINISHED'"
+            ),
+            max_results=PAGE,
+            page_token=token,
+        )
+        for run in page:
+            if names.FINGERPRINT in run.data.tags:
+                found[run.data.tags[names.FINGERPRINT]] = run.info.run_id
+        token = page.token
+        if not token:
+            return found
