@@ -152,7 +152,9 @@ def test_force_is_a_flag_or_takes_a_truth_value(force: list[str], call) -> None:
         (["trian"], 2, "No such command 'trian'"),
     ],
 )
-def test_a_users_error_is_one_line_and_leaves_no_run(arguments: list[str], code: int, message: str, store, call) -> None:
+def test_a_users_error_is_one_line_and_leaves_no_run(
+    arguments: list[str], code: int, message: str, store, call
+) -> None:
     result = call(*arguments)
     assert message in result.error
     assert len(result.error) < 1500
@@ -223,9 +225,15 @@ def test_a_fresh_process_says_nothing_of_mlflows_own(tmp_path: Path) -> None:
     folder = tmp_path / "a folder's name"
     folder.mkdir()
     process = in_a_process(
-        "train", "--set", f"data.task={write_task(folder)},{FEW_STEPS}", "--log-level", "warning", cwd=folder, env=clean_environment()
+        "train",
+        "--set",
+        f"data.task={write_task(folder)},{FEW_STEPS}",
+        "--log-level",
+        "warning",
+        cwd=folder,
+        env=clean_environment(),
     )
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert err == ""
     assert (folder / "mlflow.db").is_file()  # MLflow's own default, in the working directory
@@ -324,7 +332,7 @@ def test_the_printed_command_serves_the_run_in_a_folder_with_odd_letters(tmp_pat
         url = f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run_id}"
         for attempt in range(120):
             try:
-                with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
+                with urllib.request.urlopen(url, timeout=5) as answer:
                     run = json.load(answer)["run"]
                 break
             except OSError:

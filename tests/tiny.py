@@ -13,7 +13,7 @@ from torch import nn
 
 from tracked_replay.config import Config
 from tracked_replay.tasks import Examples, Task, TaskData
-from tracked_replay.training import TrainingSetup, set_up
+from tracked_replay.training import TrainingSetup, evaluate, set_up, train
 
 
 class TinyTask(Task):
@@ -112,3 +112,22 @@ def write_task(folder: Path, *changes: tuple[str, str], more: str = "", name: st
 def own_config(task: str, **changes: object) -> Config:
     """A config of a few steps for :func:`write_task`'s task."""
     return tiny_config(data__task=task, **{"train__epochs": 2, **changes})
+
+
+def retrained(setup: TrainingSetup, weights: torch.Tensor, index: int) -> float:
+    """The measurement of an evaluation example after a real training with other example weights."""
+    state = setup.initial
+    for record in train(setup, weights=weights):
+        state = record.after
+    return float(evaluate(setup, state).measurements[index])
+
+
+def slope(setup: TrainingSetup, example: int, index: int) -> float:
+    """∂measurement/∂weight of a training example by central differences, extrapolated to fourth order (float64)."""
+    slopes = []
+    for eps in (2e-3, 1e-3):
+        up, down = (torch.ones(setup.data.num_train, dtype=torch.float64) for _ in range(2))
+        up[example] += eps
+        down[example] -= eps
+        slopes.append((retrained(setup, up, index) - retrained(setup, down, index)) / (2 * eps))
+    return (4 * slopes[1] - slopes[0]) / 3

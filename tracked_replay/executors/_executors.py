@@ -103,9 +103,7 @@ class LocalProcesses:
                     yield Done(job, future.result() if error is None else None, error)
         finally:
             for pool in pools:
-                pool.shutdown(wait=False, cancel_futures=True)
-            for pool in pools:
-                pool.shutdown()
+                pool.shutdown(cancel_futures=True)
 
 
 def _worker_pool(make_context: Callable[[], Any], function: Callable[[Any, Any], Any]) -> ProcessPoolExecutor:

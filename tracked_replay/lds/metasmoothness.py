@@ -8,6 +8,8 @@ weighted by |Δ₁|: 1 when every coordinate goes on in the same direction, abou
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -44,7 +46,9 @@ def _flat(state: State) -> torch.Tensor:
 
 def sentence(value: float) -> str:
     """What the number says about the linear prediction."""
-    if not value >= EXPECTED_LINEAR:
+    if math.isnan(value):
+        return "Metasmoothness undefined: this removal changes nothing."
+    if value < EXPECTED_LINEAR:
         return (
             f"Metasmoothness {value:.2f}: the training bends sharply along this removal, so linear predictions may "
             f"miss even though the scores are exact."

@@ -1,7 +1,7 @@
 """How far scores can be trusted: what they predicted against what retraining gave."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def lds_scatter_figure(
             row, column = divmod(number, columns)
             left, panel_top = MARGIN + column * pitch + axis_room, top + row * down
             axes = add_axes(figure, left, panel_top, side, side)
-            _draw_scatter(axes, across[:, number], up[:, number])
+            _draw_scatter(axes, across[:, number], up[:, number], side)
             edge = left - axis_room
             for text, size, weight, above in (
                 (target_names[number], 9, "bold", 0.4),
@@ -106,7 +106,8 @@ def _minus(number: str) -> str:
     return ("−" if float(number) else "") + number[1:] if number.startswith("-") else number
 
 
-def _draw_scatter(axes: Axes, predicted: np.ndarray, actual: np.ndarray) -> None:
+def _draw_scatter(axes: Axes, predicted: np.ndarray, actual: np.ndarray, side: float) -> None:
+    """Draw one panel, `side` inches wide and high."""
     # In a power of ten where numbers are so large or small that matplotlib's own arithmetic would over- or underflow.
     largest = max(float(np.abs(predicted).max()), float(np.abs(actual).max()))
     unit = 1.0 if largest == 0 or 1e-100 < largest < 1e100 else 10.0 ** max(-300, math.floor(math.log10(largest)))
@@ -122,11 +123,22 @@ def _draw_scatter(axes: Axes, predicted: np.ndarray, actual: np.ndarray) -> None
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
     digits = _digits(low, high)
+    ticks = _ticks_with_room(low, high, lambda value: (0.072 * len(_text(value * unit, digits)) + 0.06) / side)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(3 if digits <= 4 else 2, steps=TICK_STEPS))
+        axis.set_ticks(ticks)
         axis.set_major_formatter(FuncFormatter(lambda value, _position: _text(value * unit, digits)))
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _ticks_with_room(low: float, high: float, width: Callable[[float], float]) -> list[float]:
+    """Round numbers that have room between `low` and `high`, else the ends; `width` is a number's share of the axis."""
+    found = MaxNLocator(3, steps=TICK_STEPS).tick_values(low, high)
+    ticks = [float(tick) for tick in found if low <= tick <= high]
+    room = max(map(width, ticks), default=0.0) * (high - low)
+    while len(ticks) > 1 and ticks[1] - ticks[0] < room:
+        ticks = ticks[::2]
+    return ticks if len(ticks) > 1 else [low, high]
 
 
 def _digits(low: float, high: float) -> int:

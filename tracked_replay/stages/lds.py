@@ -449,13 +449,13 @@ def _figures(
         )
         save_figure(root, f"lds-scatter-{drop:g}", figure)
     methods_shown = list(next(iter(table.values())))
-    drops = np.array(list(table))
+    drops = sorted(table)
 
     def column(field: str) -> dict[str, np.ndarray]:
-        return {method: np.array([getattr(table[drop][method], field) for drop in table]) for method in methods_shown}
+        return {method: np.array([getattr(table[drop][method], field) for drop in drops]) for method in methods_shown}
 
     figure = report.lds_by_drop_figure(
-        drops, column("mean"), column("low"), column("high"), f"{problem.task.name}: LDS by share removed"
+        np.array(drops), column("mean"), column("low"), column("high"), f"{problem.task.name}: LDS by share removed"
     )
     save_figure(root, "lds-by-drop", figure)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.func import functional_call
 
 from tracked_replay import report
 from tracked_replay.config import Config, parse_overrides
@@ -45,12 +47,13 @@ from tracked_replay.tracking import (
     stage_run,
     ui_path,
 )
-from tracked_replay.training import TrainingSetup, evaluate, set_up
+from tracked_replay.training import State, TrainingSetup, evaluate, set_up
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("seed", "data", "model", "train", "record", "replay", "report")
 REPLAY_SECTIONS = ("replay", "report")
+MEASURED_ALONE = 8  # examples whose measurement is taken once by itself, as a check
 FIGURES = 32  # targets that get figures of their own
 CURVES = 5  # helpful and harmful examples in a figure over training time
 
@@ -205,7 +208,8 @@ def _magic(
 
 
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
-    measured = evaluate(setup, recording.state(recording.final).to(setup.device)).measurements
+    final = recording.state(recording.final).to(setup.device)
+    measured = evaluate(setup, final).measurements
     if measured.shape != (setup.data.num_evaluation,):
         raise TaskError(
             f"{setup.task.name}.measurement: found values of shape {measured.shape} for {setup.data.num_evaluation} "
@@ -215,7 +219,22 @@ def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[
     for target, value in values:
         if not math.isfinite(value):
             raise NumericalError(f"target {target.name}: its measurement after the last step is {value}")
+    for index in sorted({target.indices[0] for target in targets})[:MEASURED_ALONE]:
+        _require_own_measurement(setup, final, index, float(measured[index]))
     return values
+
+
+@torch.no_grad()
+def _require_own_measurement(setup: TrainingSetup, final: State, index: int, together: float) -> None:
+    """An example's measurement may not depend on which others it is evaluated with; else it has no influence."""
+    batch = setup.data.evaluation_batch(torch.tensor([index]))
+    outputs = functional_call(setup.step.model.eval(), final.model_tensors, (batch.inputs,))
+    alone = float(setup.task.measurement(outputs, batch.labels))
+    if not math.isclose(alone, together, rel_tol=1e-3, abs_tol=1e-4):
+        raise ReplayError(
+            f"the measurement of evaluation example {index} is {alone:g} alone and {together:g} among others: a layer "
+            f"mixes examples in eval mode (BatchNorm without running statistics?); allowed: each example by itself"
+        )
 
 
 def _extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

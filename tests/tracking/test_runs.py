@@ -1,0 +1,296 @@
+"""Stages as MLflow runs: how they start and end, how they are found, and what a run ID may be."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from tiny import own_config, tiny_config, write_task
+
+import tracked_replay as tr
+from tracked_replay.errors import ConfigError, RecordingError, RunError
+from tracked_replay.tracking import artifacts_of, find_finished, names, point_to, resolve, stage_run
+from tracked_replay.tracking import runs as tracking
+from tracked_replay.tracking.fingerprint import code_digest, fingerprint
+
+
+def finished(stage: str = "train", identity: str = "f" * 64) -> str:
+    with stage_run(stage, identity, "a name", {}) as run:
+        return run.run_id
+
+
+def all_runs() -> list[mlflow.entities.Run]:
+    return mlflow.search_runs(search_all_experiments=True, output_format="list")
+
+
+def test_a_finished_run_has_stage_name_inputs_and_fingerprint(store: Path) -> None:
+    with stage_run("magic", "ab", "a name", {"train_run_id": "x"}) as run:
+        assert names.FINGERPRINT not in mlflow.get_run(run.run_id).data.tags  # only a finished run may be reused
+        run.metric("a", 1.0, 3)
+    found = mlflow.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "a name"
+    assert found.data.metrics["a"] == 1.0
+    tags = {key: value for key, value in found.data.tags.items() if key.startswith("tracked_replay.")}
+    expected = {"stage": "magic", "fingerprint": "ab", "input.train_run_id": "x"}
+    assert expected.items() <= {key.removeprefix("tracked_replay."): value for key, value in tags.items()}.items()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("x"), "FAILED"),
+        (ConfigError("x"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(), "KILLED"),
+    ],
+)
+def test_a_run_that_breaks_off_is_closed_and_never_found(error: BaseException, status: str, store: Path) -> None:
+    def outer() -> None:
+        with stage_run("magic", None, "outer", {}), stage_run("train", "ab", "inner", {}):
+            raise error
+
+    with pytest.raises(type(error)):
+        outer()
+    assert [run.info.status for run in all_runs()] == [status, status]
+    assert not any(names.FINGERPRINT in run.data.tags for run in all_runs())
+    assert find_finished("train", "ab") is None
+    assert mlflow.active_run() is None
+
+
+def test_a_nested_stage_is_a_child(store: Path) -> None:
+    with stage_run("magic", "m", "outer", {}) as outer, stage_run("train", "t", "inner", {}) as inner:
+        pass
+    assert mlflow.get_run(inner.run_id).data.tags["mlflow.parentRunId"] == outer.run_id
+    assert "mlflow.parentRunId" not in mlflow.get_run(outer.run_id).data.tags
+
+
+def test_only_a_finished_run_of_the_stage_and_experiment_is_found_and_the_newest(store: Path) -> None:
+    finished(identity="a")
+    newest = finished(identity="a")
+    finished("magic", identity="a")
+    assert find_finished("train", "a") == newest
+    MlflowClient().delete_run(newest)
+    assert find_finished("train", "a") not in (None, newest)
+    mlflow.set_experiment("another")
+    assert find_finished("train", "a") is None
+
+
+@pytest.mark.parametrize(
+    "run_id",
+    ["", " ", "../x", "/etc/passwd", "x" * 9000, "a'b", 'a"b', "a\nb", "a\0b", "%00", "ü", "-x", None, 3, b"x"],
+)
+def test_a_run_id_of_another_form_is_refused_before_it_is_asked_for(run_id: object, store: Path) -> None:
+    for ask in (tr.load_scores, lambda found: resolve(found, "train", "run_id")):
+        with pytest.raises(RunError) as caught:
+            ask(run_id)
+        assert str(caught.value).startswith("run_id: found ")
+        assert str(caught.value).endswith("allowed: the ID of a run, such as the 32 digits that a stage prints")
+        assert len(str(caught.value)) < 250
+        assert "\n" not in str(caught.value)
+
+
+def test_runs_that_cannot_be_used_are_told_apart(store: Path) -> None:
+    def why(run_id: str) -> str:
+        with pytest.raises(RunError) as caught:
+            resolve(run_id, "train", "train_run_id")
+        return str(caught.value)
+
+    assert why("0" * 32) == f"train_run_id: found '{'0' * 32}', but sqlite:///{store}/mlflow.db has no such run"
+    magic = finished("magic")
+    assert why(magic) == f"train_run_id: run {magic} is of stage 'magic'; allowed: a finished run of stage 'train'"
+    with mlflow.start_run() as foreign:
+        pass
+    assert "was not made by tracked_replay" in why(foreign.info.run_id)
+    with stage_run("train", "x", "open", {}) as run:
+        assert why(run.run_id) == f"train_run_id: run {run.run_id} is RUNNING; allowed: a FINISHED run of stage 'train'"
+    MlflowClient().set_terminated(run.run_id, "FAILED")
+    assert f"run {run.run_id} is FAILED" in why(run.run_id)
+    deleted = finished()
+    MlflowClient().delete_run(deleted)
+    assert why(deleted) == (
+        f"train_run_id: run {deleted} is deleted; `mlflow runs restore --run-id {deleted}` brings it back"
+    )
+
+
+def test_a_run_that_points_to_a_result_leads_to_it_but_not_in_a_ring(store: Path) -> None:
+    result, pointing, ring = finished(), finished(), finished()
+    client = MlflowClient()
+    client.set_tag(pointing, names.REUSES, result)
+    client.set_tag(ring, names.REUSES, ring)
+    assert resolve(pointing, "train", "x").info.run_id == result
+    with pytest.raises(RunError, match="points on"):
+        resolve(ring, "train", "x")
+    client.set_tag(pointing, names.REUSES, "../../x")
+    with pytest.raises(RunError, match=rf"the tag tracked_replay.reuses of run {pointing}: found '../../x'"):
+        resolve(pointing, "train", "x")
+
+
+@pytest.mark.parametrize("name", ["../mlflow.db", "/etc/passwd", "a/../../b", "", ".", "a\\b"])
+def test_a_path_outside_a_runs_artifacts_is_refused(name: str, store: Path) -> None:
+    with pytest.raises(RecordingError, match=r"not a path inside|is missing"), artifacts_of(finished())(name):
+        pass
+
+
+def test_metrics_are_sent_in_batches_and_all_arrive(store: Path) -> None:
+    with stage_run("train", "x", "many", {}) as run:
+        for step in range(2500):
+            run.metric("m", step, step)
+        run.params({f"p{number:03}": number for number in range(250)})
+    history = MlflowClient().get_metric_history(run.run_id, "m")
+    assert sorted((metric.step, metric.value) for metric in history) == [(step, float(step)) for step in range(2500)]
+    assert len(mlflow.get_run(run.run_id).data.params) == 250
+
+
+def test_the_first_stage_takes_over_the_run_that_mlflow_made(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    made = MlflowClient().create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    assert tracking.active_experiment() == experiment
+    with stage_run("magic", "m", "outer", {}) as outer, stage_run("train", "t", "inner", {}) as inner:
+        pass
+    assert outer.run_id == made
+    assert mlflow.get_run(inner.run_id).data.tags["mlflow.parentRunId"] == made
+    assert mlflow.get_run(inner.run_id).info.experiment_id == experiment
+
+
+def test_nothing_points_outside_mlflow_run(store: Path) -> None:
+    assert point_to("train", finished(), "a name", {}) is None
+    assert len(all_runs()) == 1
+
+
+def test_a_reused_result_is_pointed_to_by_the_run_that_mlflow_made(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = own_config(write_task(store))
+    train_run = tr.train(config)
+    magic_run = tr.magic(train_run, "0")
+    experiment = mlflow.get_run(train_run).info.experiment_id
+    for again, expected in ((lambda: tr.train(config), train_run), (lambda: tr.magic(train_run, "0"), magic_run)):
+        made = MlflowClient().create_run(experiment).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        assert again() == expected
+        pointing = mlflow.get_run(made)
+        assert pointing.info.status == "FINISHED"
+        assert pointing.data.tags[names.REUSES] == expected
+        assert names.FINGERPRINT not in pointing.data.tags
+        assert "MLFLOW_RUN_ID" not in os.environ
+    # What the pointing run answers is the result itself.
+    assert tr.load_scores(made).equals(tr.load_scores(magic_run))
+    assert mlflow.get_run(made).data.tags["tracked_replay.input.train_run_id"] == train_run
+
+
+def test_a_fingerprint_follows_each_of_its_parts() -> None:
+    parts = {"stage": "a", "config": {"x": 1}, "data": "d", "code": "c", "inputs": {"i": "r"}}
+    base = fingerprint(**parts)
+    assert len(base) == 64
+    assert fingerprint(**parts) == base
+    changes = [{"stage": "b"}, {"config": {"x": 2}}, {"config": {"x": 1.0}}, {"data": "e"}, {"code": "d"}]
+    changes += [{"inputs": {"i": "s"}}, {"inputs": {"j": "r"}}, {"more": [1]}]
+    assert len({base, *(fingerprint(**parts | change) for change in changes)}) == len(changes) + 1
+
+
+def test_the_code_digest_follows_a_files_content_and_not_its_folder(tmp_path: Path) -> None:
+    for folder, content in (("a", "x = 1"), ("b", "x = 1"), ("c", "x = 2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(content)
+    first, moved, edited = (code_digest([tmp_path / folder / "own.py"]) for folder in "abc")
+    assert first == moved
+    assert len({first, edited, code_digest()}) == 3
+
+
+def test_what_is_shown_of_a_store_holds_no_password(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = finished()
+    path = tracking.ui_path(run_id)
+    monkeypatch.setattr(tracking, "ui_path", lambda _: path)
+    for uri, hint in (
+        ("https://me:secret@host:5000/", f"https://me:***@host:5000/{path}"),
+        ("http://127.0.0.1:5000", f"http://127.0.0.1:5000/{path}"),
+        ("postgresql://me:secret@host/db", 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'),
+        ("sqlite:////a b/c.db", "mlflow ui --backend-store-uri 'sqlite:////a b/c.db'"),
+    ):
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda uri=uri: uri)
+        assert tracking.ui_hint(run_id).startswith(hint)
+        assert "secret" not in tracking.ui_hint(run_id)
+
+
+@pytest.fixture
+def server(store: Path) -> Iterator[str]:
+    """A real tracking server that serves artifacts, with a store of its own; the tests' tracking URI points to it."""
+    folder = store / "server side"
+    folder.mkdir()
+    os.replace(store / "mlflow.db", folder / "mlflow.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    env["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    log = (store / "server.log").open("w")
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for attempt in range(240):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (store / "server.log").read_text()
+            assert attempt < 239, (store / "server.log").read_text()
+            time.sleep(0.25)
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
+        mlflow.set_experiment("over http")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(30)
+        log.close()
+
+
+@pytest.mark.slow
+def test_train_and_magic_over_http_give_the_bits_of_a_local_store(
+    server: str, store: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    scratch = store / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    config = tiny_config(train__epochs=1, record__every=2)
+    train_run = tr.train(config)
+    assert mlflow.get_run(train_run).info.artifact_uri.startswith("mlflow-artifacts:")
+    scores = {
+        mode: tr.load_scores(tr.magic(train_run, "0-1", overrides={"replay.mode": mode}, force=True))
+        for mode in ("stream", "memory")
+    }
+    assert scores["stream"].equals(scores["memory"])
+    assert tracking.ui_hint(train_run).startswith(f"{server}/#/experiments/")
+    with (
+        pytest.raises(RecordingError, match=r"^nothing\.txt cannot be fetched"),
+        artifacts_of(train_run)("nothing.txt"),
+    ):
+        pass
+    with pytest.raises(RunError, match=r"has no such run$"):
+        tr.load_scores("0" * 32)
+    assert list(scratch.iterdir()) == []  # fetched copies are gone
+
+    local = store / "local"
+    local.mkdir()
+    (local / "mlflow.db").write_bytes(empty_database.read_bytes())
+    mlflow.set_tracking_uri(f"sqlite:///{local}/mlflow.db")
+    mlflow.set_experiment("local")
+    here = tr.load_scores(tr.magic(tr.train(config), "0-1"))
+    np.testing.assert_array_equal(here["score"].to_numpy(), scores["stream"]["score"].to_numpy())
