@@ -40,7 +40,9 @@ def explicit_products(setup: TrainingSetup, state: State, rates: tuple[float, fl
 
     measurements = gradients(losses(setup.data.evaluation))
     scale = flat(tuple(torch.full_like(p, rates[p.ndim <= 1]) for p in parameters.values()))
-    mixed = [scale * (torch.tensor(t.coefficients, dtype=torch.float64) @ measurements[list(t.indices)]) for t in TARGETS]
+    mixed = [
+        scale * (torch.tensor(t.coefficients, dtype=torch.float64) @ measurements[list(t.indices)]) for t in TARGETS
+    ]
     return (torch.stack(mixed) @ gradients(losses(setup.data.train)).T).numpy()
 
 

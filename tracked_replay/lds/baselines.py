@@ -2,9 +2,9 @@
 
 They answer the same question as the replay (∂measurement/∂weight), each leaving something out:
 
-- ``tracin``: Σ over checkpoints of −1/B ⟨∇measurement, lr · ∇ℓᵢ⟩, with the learning rate of each parameter group (Pruthi
-  et al., "Estimating Training Data Influence by Tracing Gradient Descent", 2020, equation 2, with one checkpoint an
-  epoch): no momentum, no curvature.
+- ``tracin``: Σ over checkpoints of −1/B ⟨∇measurement, lr · ∇ℓᵢ⟩, with the learning rate of each parameter group
+  (Pruthi et al., "Estimating Training Data Influence by Tracing Gradient Descent", 2020, equation 2, with one
+  checkpoint an epoch): no momentum, no curvature.
 - ``last_gradient``: the same with the last checkpoint alone.
 - ``random``: numbers without meaning; what a correlation looks like by chance.
 """
