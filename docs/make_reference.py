@@ -35,14 +35,19 @@ Made from the code by `python docs/make_reference.py`; a test fails where the tw
 
 # The code holds the names only; a tag without a meaning here stops the script.
 TAGS = {
-    "stage": ("every run", "the stage that made the run: `train` or `magic`"),
+    "stage": (
+        "every run",
+        "what made the run: `train`, `magic`, `lds`, `retraining` (the child runs of `lds` and `counterfactual`), "
+        "`counterfactual`, `verify` or `main`",
+    ),
     "fingerprint": (
-        "every FINISHED run that computed its result",
+        "every FINISHED run that computed its whole result",
         "SHA-256 of everything that decides the result; set last, so a run that did not finish is never reused",
     ),
     "input.": (
         "runs that read other runs",
-        "prefix: `tracked_replay.input.train_run_id` is the run ID of the recording that a `magic` run replayed",
+        "prefix: `tracked_replay.input.train_run_id` is the run ID of the recording, "
+        "`tracked_replay.input.magic_run_id` that of the scores, `tracked_replay.input.lds_run_id` that of the validation under a `main` run",
     ),
     "digests": ("`train`, `magic`", "SHA-256 of the run's `digests.json`, from which every other file is checked"),
     "exact": ("`magic`", "`true`, or `false` where a clipping option was on"),
@@ -50,13 +55,19 @@ TAGS = {
         "runs made by `mlflow run` that found their result",
         "run ID of the earlier run that holds the result; wherever a run ID is taken, this one is followed",
     ),
-    "task": ("`train`, `magic`", "name of the task"),
-    "preset": ("no run yet", "reserved for the name of the preset"),
-    "failed_retrainings": ("no run yet", "reserved for the number of retrainings that failed"),
-    "process": ("no run yet", "reserved for machine, number and start of the process that holds a run open"),
+    "task": ("every run but `retraining` and those that reuse", "name of the task"),
+    "failed_retrainings": (
+        "`lds`",
+        "how many retrainings failed twice and are missing from the result; such a run has no fingerprint",
+    ),
+    "process": (
+        "every run but `retraining` and those that reuse",
+        "machine, number and start of the process that made the run; a run that is RUNNING although its process is "
+        "gone is closed as KILLED by the next stage on that machine",
+    ),
 }
 
-FUNCTIONS = ("train", "magic", "load_scores")
+FUNCTIONS = ("train", "magic", "lds", "counterfactual", "load_scores")
 CONFIG_METHODS = ("resolve", "override", "from_toml", "to_toml", "from_values", "value", "flat")
 TASK_METHODS = (
     "train_examples",

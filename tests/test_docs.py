@@ -31,6 +31,7 @@ VARYING = (
     (r"part-\d{5}\.", "part-NNNNN."),
     (r"^figures/target-.+-(extremes|over-training)\.png$", r"figures/target-NAME-\1.png"),
     (r"^config/task/.+", "config/task/"),
+    (r"^figures/lds-scatter-[\d.]+\.png$", "figures/lds-scatter-SHARE.png"),
     (rf"^{MADE_BY_MLFLOW}.+", MADE_BY_MLFLOW),
 )
 
@@ -100,23 +101,75 @@ def test_every_artifact_of_a_run_is_in_the_formats(store: Path) -> None:
     config = tiny_config(train__epochs=1, record__pixels=True, replay__per_step=True)
     train_run = tr.train(config)
     magic_run = tr.magic(train_run, "0;mean:all", overrides="replay.per_step=true")
+    for run_id in (train_run, magic_run):
+        assert "digests.json" in all_files(run_id)
+        require_documented(run_id)
+
+
+def test_every_artifact_and_column_of_a_validation_is_in_the_formats(store: Path) -> None:
+    from tracked_replay.stages.counterfactual import run_counterfactual
+    from tracked_replay.stages.main import run_main
+    from tracked_replay.stages.verify import run_verify
+
+    changes = {"lds__subsets": 3, "lds__drop": "0.1,0.2", "lds__metasmoothness": True, "lds__keep_states": True}
+    main_run = run_main(tiny_config(train__epochs=2, **changes), "0;mean:all")
+    inputs = tags_of(main_run)
+    train_run, magic_run, lds_run = (inputs[f"{names.INPUT}{name}_run_id"] for name in ("train", "magic", "lds"))
+    counterfactual_run = run_counterfactual("", remove="harmful:2@mean:all", magic_run_id=magic_run)
+    retrainings = children(lds_run, names.RETRAINING)
+    assert len(retrainings) == 6
+    assert len(children(counterfactual_run, names.RETRAINING)) == 1
+    columns = {
+        lds_run: [f"lds/{name}.parquet" for name in ("subsets", "outcomes", "predictions", "validation_losses")],
+        retrainings[0]: ["lds/measurements.parquet"],
+        counterfactual_run: ["counterfactual/weights.parquet", "counterfactual/outcomes.parquet"],
+    }
+    for run_id in (*columns, run_verify(train_run), main_run):
+        require_documented(run_id)
+        tables = [path for path in all_files(run_id) if path.endswith(".parquet")]
+        assert sorted(tables) == sorted(columns.get(run_id, []))
+        for path in tables:
+            assert documented_columns(f"`{path}`") == columns_of(run_id, path), path
+
+
+def require_documented(run_id: str) -> None:
+    """Check that a run's artifact paths, metrics and tags stand in the documentation."""
     from mlflow.tracking import MlflowClient
 
     formats = text("formats.md")
-    for run_id in (train_run, magic_run):
-        paths = all_files(run_id)
-        assert "digests.json" in paths
-        for path in paths:
-            documented = path
-            for pattern, written in VARYING:
-                documented = re.sub(pattern, written, documented)
-            assert f"`{documented}`" in formats, path
-        run = MlflowClient().get_run(run_id)
-        for metric in run.data.metrics:
-            assert f"`{metric}`" in formats, metric
-        for tag in run.data.tags:
-            if tag.startswith(names.PREFIX) and not tag.startswith(names.INPUT):
-                assert f"`{tag}`" in text("reference.md"), tag
+    for path in all_files(run_id):
+        documented = path
+        for pattern, written in VARYING:
+            documented = re.sub(pattern, written, documented)
+        assert f"`{documented}`" in formats, path
+    for metric in MlflowClient().get_run(run_id).data.metrics:
+        assert f"`{metric}`" in formats, metric
+    for tag in tags_of(run_id):
+        if tag.startswith(names.PREFIX):
+            assert f"`{tag}`" in text("reference.md"), tag
+
+
+def tags_of(run_id: str) -> dict[str, str]:
+    from mlflow.tracking import MlflowClient
+
+    return dict(MlflowClient().get_run(run_id).data.tags)
+
+
+def children(run_id: str, stage: str) -> list[str]:
+    """Run IDs of a run's children of a stage."""
+    from mlflow.tracking import MlflowClient
+
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    wanted = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{names.STAGE}` = '{stage}'"
+    return [str(run.info.run_id) for run in MlflowClient().search_runs([experiment], wanted)]
+
+
+def columns_of(run_id: str, path: str) -> list[str]:
+    """Columns of a Parquet file among a run's artifacts."""
+    import mlflow
+    import pyarrow.parquet as pq
+
+    return list(pq.read_schema(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path)).names)
 
 
 def all_files(run_id: str, folder: str | None = None) -> list[str]:
@@ -133,15 +186,19 @@ def test_the_columns_of_every_table_are_in_the_formats() -> None:
     from tracked_replay.recording.trace import SCHEMA
     from tracked_replay.replay.scores import INFLUENCE_SCHEMA, PER_STEP_SCHEMA
 
-    formats = text("formats.md")
     for heading, schema in (
         ("`trace/part-NNNNN.parquet`", SCHEMA),
         ("`checkpoints/manifest.parquet`", MANIFEST_SCHEMA),
         ("`scores/influence.parquet`", INFLUENCE_SCHEMA),
         ("`scores/per_step/part-NNNNN.parquet`", PER_STEP_SCHEMA),
     ):
-        section = formats.split(f"### {heading}\n")[1].split("\n#")[0]
-        assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)[: len(schema)] == schema.names, heading
+        assert documented_columns(heading)[: len(schema)] == schema.names, heading
+
+
+def documented_columns(heading: str) -> list[str]:
+    """Names in the first column of the table under a heading of docs/formats.md."""
+    section = text("formats.md").split(f"### {heading}\n")[1].split("\n#")[0]
+    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:

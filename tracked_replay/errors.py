@@ -29,5 +29,9 @@ class ReplayError(TrackedReplayError):
     """The replay cannot be exact: a replayed state differs from the recorded one, or a layer has no adjoint."""
 
 
+class RetrainingError(TrackedReplayError):
+    """Retrainings failed twice, so that a stage has no result; the message holds what the first of them raised."""
+
+
 class NumericalError(TrackedReplayError):
     """NaN or Inf appeared; the message names the step and the tensor."""

@@ -148,7 +148,14 @@ INSTANCE_NORM = (
         "nn.Linear(16, 3))",
     ),
 )
-NO_STATISTICS = "return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3))"
+NO_STATISTICS = (
+    INSTANCE_NORM[0],
+    (
+        MODEL,
+        "return nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), "
+        "nn.Linear(16, 3))",
+    ),
+)
 COUNTING = """class Net(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -169,7 +176,7 @@ GHOST = """class Net(nn.BatchNorm1d):
     [
         (INSTANCE_NORM, "step 5 changes the buffer '1.running_"),
         ([(MODEL, COUNTING)], "step 5 changes the buffer 'calls', which has no adjoint here"),
-        ([(MODEL, NO_STATISTICS)], "a layer mixes examples in eval mode (BatchNorm without running statistics?)"),
+        (NO_STATISTICS, "a layer mixes examples in eval mode (BatchNorm without running statistics?)"),
     ],
 )
 def test_layers_without_an_adjoint(changes: list, message: str, store: Path) -> None:

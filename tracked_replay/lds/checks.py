@@ -68,7 +68,11 @@ def run_checks(
         ("a retraining with all weights 1 is the recorded run", lambda: _retraining(setup, recording)),
     ]
     for name, check in checks:
-        yield Check(name, check())
+        try:
+            detail = check()
+        except ReplayError as error:
+            raise ReplayError(f"the check {name!r} failed: {error}") from error
+        yield Check(name, detail)
 
 
 def _orders(setup: TrainingSetup) -> list[np.ndarray]:

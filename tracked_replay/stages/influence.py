@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracked_replay.config import Config
-from tracked_replay.errors import RecordingError
+from tracked_replay.errors import ConfigError, RecordingError
 from tracked_replay.recording import Recording
-from tracked_replay.replay import Target
+from tracked_replay.replay import Target, parse_targets
 from tracked_replay.replay.scores import INFLUENCE, TARGETS
 from tracked_replay.tracking import artifacts_of, input_of, names, resolve, tag_of
 
@@ -65,6 +66,30 @@ class Influence:
         with self.recording.open(TARGETS) as path:
             rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))
             return rows
+
+    def require_targets(self, text: str | int | Sequence[int], default: str, num_evaluation: int) -> None:
+        """Check that targets given beside this run are its own, in whatever order.
+
+        Args:
+            text: see :func:`~tracked_replay.replay.parse_targets`; empty or ``default`` means "not given".
+            default: of the parameter.
+            num_evaluation: number of evaluation examples.
+
+        Raises:
+            ConfigError: the run has other targets.
+        """
+        if isinstance(text, str) and text.strip() in ("", default):
+            return
+        given, own = (
+            {(target.indices, target.coefficients) for target in targets}
+            for targets in (parse_targets(text, num_evaluation), self.targets)
+        )
+        if given != own:
+            names_of = ", ".join(target.name for target in self.targets[:8])
+            raise ConfigError(
+                f"targets: found {text!r}, but the magic run {self.run_id} has the targets {names_of}"
+                f"{', …' if len(self.targets) > 8 else ''}; allowed: its own, or nothing"
+            )
 
     @cached_property
     def table(self) -> pa.Table:

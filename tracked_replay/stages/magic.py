@@ -131,6 +131,13 @@ def checked_setup(problem: Problem, recording: Recording) -> TrainingSetup:
         DataError: the data are not those that were trained on.
         ReplayError: a step taken here differs from the recorded one.
     """
+    setup = recorded_setup(problem, recording)
+    _check_steps(setup, recording)
+    return setup
+
+
+def recorded_setup(problem: Problem, recording: Recording) -> TrainingSetup:
+    """As :func:`checked_setup`, without taking a step. Raises DataError."""
     with recording.open(DATA) as path:
         recorded = json.loads(path.read_text(encoding="utf-8"))
     if recorded["fingerprint"] != problem.data_fingerprint:
@@ -139,9 +146,7 @@ def checked_setup(problem: Problem, recording: Recording) -> TrainingSetup:
             f"recorded was {recorded['fingerprint'][:16]}… "
             f"({recorded['train_examples']} training and {recorded['evaluation_examples']} evaluation examples)"
         )
-    setup = set_up(problem.config, problem.task, problem.data)
-    _check_steps(setup, recording)
-    return setup
+    return set_up(problem.config, problem.task, problem.data)
 
 
 def _check_steps(setup: TrainingSetup, recording: Recording) -> None:

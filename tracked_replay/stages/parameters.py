@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tracked_replay.config import Config, parse_overrides
 from tracked_replay.errors import ConfigError
 
+TARGETS = "0"  # what influence is asked on where nothing is said
+LDS_TARGETS = "0-7"
+
 
 class StageParameters(BaseModel):
     """Parameters that every stage takes."""
@@ -74,7 +77,7 @@ class MagicParameters(StageParameters):
         default="", description="a finished train run to replay; empty: find or make one", examples=["4f0c…"]
     )
     targets: str = Field(
-        default="0",
+        default=TARGETS,
         description="evaluation examples: an index, a range, a list, all, or mean:RANGE; several joined by ;",
         examples=["0-7"],
     )
@@ -101,7 +104,7 @@ class LdsParameters(MagicParameters):
     """
 
     targets: str = Field(
-        default="0-7", description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
+        default=LDS_TARGETS, description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
     )
     magic_run_id: str = Field(
         default="", description="a finished magic run to validate; empty: find or make one", examples=["9be1…"]
@@ -143,7 +146,9 @@ class CounterfactualParameters(StageParameters):
     magic_run_id: str = Field(
         default="", description="a finished magic run whose scores and targets are used; empty: targets says which"
     )
-    targets: str = Field(default="0", description=MagicParameters.model_fields["targets"].description, examples=["0-7"])
+    targets: str = Field(
+        default=TARGETS, description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
+    )
     remove: str = Field(
         default="",
         description="examples to remove: indices (3,17,40-49), a file of them, or harmful:20@3 (with magic_run_id)",

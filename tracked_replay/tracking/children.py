@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Run, RunTag
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
@@ -25,12 +25,24 @@ def record_child(
     fingerprint: str = "",
     metrics: Mapping[str, float] | None = None,
     folder: Path | None = None,
+    digests: str = "",
     error: str = "",
 ) -> str:
     """Record a piece of work that has ended as a child run: FINISHED, or FAILED where there is an error.
 
     It is made when the work is over, so that an interrupted stage leaves no child RUNNING; the fingerprint is set
     after the artifacts, so that a half-recorded child is never reused.
+
+    Args:
+        parent_run_id: the stage's run.
+        stage: name of the piece of work.
+        name: shown in the UI.
+        train_run_id: the recorded run it is about.
+        fingerprint: identity of its result.
+        metrics: what it measured; ``seconds`` says when it started.
+        folder: its artifacts.
+        digests: SHA-256 of the artifacts' ``digests.json``.
+        error: why it failed.
 
     Returns:
         The child's run ID.
@@ -44,16 +56,16 @@ def record_child(
     rows = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
     if folder is not None:
         client.log_artifacts(run_id, str(folder))
-    extra = {names.FINGERPRINT: fingerprint} if fingerprint else {"error": error[:500]}
+    extra = {"error": error[:500]} if error else {names.DIGESTS: digests, names.FINGERPRINT: fingerprint}
     client.log_batch(run_id, metrics=rows, tags=[RunTag(key, value) for key, value in extra.items()])
     client.set_terminated(run_id, "FAILED" if error else "FINISHED", now)
     return run_id
 
 
-def finished_children(stage: str, train_run_id: str) -> dict[str, str]:
-    """Run IDs by fingerprint of the FINISHED pieces of work on a recorded run, whoever their parent is."""
+def finished_children(stage: str, train_run_id: str) -> dict[str, Run]:
+    """The FINISHED pieces of work on a recorded run by fingerprint, whoever their parent is."""
     client = MlflowClient()
-    found: dict[str, str] = {}
+    found: dict[str, Run] = {}
     token = None
     while True:
         page = client.search_runs(
@@ -67,7 +79,7 @@ def finished_children(stage: str, train_run_id: str) -> dict[str, str]:
         )
         for run in page:
             if names.FINGERPRINT in run.data.tags:
-                found[run.data.tags[names.FINGERPRINT]] = run.info.run_id
+                found[run.data.tags[names.FINGERPRINT]] = run
         token = page.token
         if not token:
             return found

@@ -32,7 +32,9 @@ def close_abandoned(experiment_id: str) -> None:
     for run in running:
         _, pid, created = str(run.data.tags[names.PROCESS]).rsplit(" ", 2)
         try:
-            alive = f"{psutil.Process(int(pid)).create_time():.2f}" == created
+            process = psutil.Process(int(pid))
+            # A killed process that nobody waits for (in a container without an init process) stays as a zombie.
+            alive = f"{process.create_time():.2f}" == created and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             alive = False
         if not alive:
