@@ -58,11 +58,7 @@ def _magic(parameters: MagicParameters) -> None:
     config = None if parameters.train_run_id else parameters.config()
     from tracked_replay.stages.magic import run_magic
 
-    if parameters.train_run_id and parameters.seed:
-        raise ConfigError(
-            f"seed: found {parameters.seed!r}, but the recorded run {parameters.train_run_id} has its own; "
-            f"allowed: leave it empty"
-        )
+    _require_no_seed(parameters, parameters.train_run_id)
     run_id = run_magic(
         parameters.train_run_id or None,
         parameters.targets,
@@ -74,12 +70,16 @@ def _magic(parameters: MagicParameters) -> None:
     _closing("influence run", run_id, f"python -c \"import tracked_replay as tr; print(tr.load_scores('{run_id}'))\"")
 
 
+def _require_no_seed(parameters: StageParameters, recorded_run: str) -> None:
+    if recorded_run and parameters.seed:
+        raise ConfigError(
+            f"seed: found {parameters.seed!r}, but the recorded run {recorded_run} has its own; allowed: leave it empty"
+        )
+
+
 def _lds(parameters: LdsParameters) -> None:
     given = parameters.magic_run_id or parameters.train_run_id
-    if given and parameters.seed:
-        raise ConfigError(
-            f"seed: found {parameters.seed!r}, but the recorded run {given} has its own; allowed: leave it empty"
-        )
+    _require_no_seed(parameters, given)
     overrides = parameters.overrides()
     config = None if given else parameters.config()
     from tracked_replay.stages.lds import run_lds
@@ -110,6 +110,7 @@ def _main(parameters: MainParameters) -> None:
 def _verify(parameters: VerifyParameters) -> None:
     if not parameters.train_run_id:
         raise ConfigError("train_run_id: nothing was given; allowed: a finished run of stage 'train'")
+    _require_no_seed(parameters, parameters.train_run_id)
     from tracked_replay.stages.verify import run_verify
 
     run_id = run_verify(
@@ -122,6 +123,7 @@ def _verify(parameters: VerifyParameters) -> None:
 def _counterfactual(parameters: CounterfactualParameters) -> None:
     if parameters.set:
         raise ConfigError(f"set: found {parameters.set!r}; allowed: empty, since the run is retrained as recorded")
+    _require_no_seed(parameters, parameters.magic_run_id or parameters.train_run_id)
     from tracked_replay.stages.counterfactual import read_counterfactual, run_counterfactual
 
     run_id = run_counterfactual(

@@ -26,7 +26,9 @@ from tracked_replay.tracking import names
 def runs_of(stage: str) -> list[mlflow.entities.Run]:
     """All runs of a stage in the store, oldest first."""
     runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    return sorted((run for run in runs if run.data.tags.get(names.STAGE) == stage), key=lambda run: run.info.end_time or 0)
+    return sorted(
+        (run for run in runs if run.data.tags.get(names.STAGE) == stage), key=lambda run: run.info.end_time or 0
+    )
 
 
 def statuses() -> list[str]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
-from conftest import tracking_store
 from mlflow.tracking import MlflowClient
 from scipy import stats
 from stage_runs import bits, command, edit_recording, folder_of, plain_retraining, refusal, runs_of, statuses, table_of
@@ -114,7 +111,9 @@ def test_correlations_are_scipys_on_the_table(validated: tuple) -> None:
         ranks = []
         for target in row["targets"]:
             chosen = (truth["target"] == target["target"]) & (truth["subset"].map(drops) == row["drop"])
-            of_method = predictions[predictions["method"] == row["method"]].merge(truth[chosen], on=["subset", "target"])
+            of_method = predictions[predictions["method"] == row["method"]].merge(
+                truth[chosen], on=["subset", "target"]
+            )
             assert len(of_method) == 4
             found, actual = of_method["predicted_x"], of_method["actual"]
             assert target["spearman"] == pytest.approx(stats.spearmanr(found, actual).statistic)
@@ -143,7 +142,9 @@ def test_metrics_figures_tables_and_description_say_the_same(validated: tuple) -
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (root / "figures").iterdir())
     text = run.data.tags["mlflow.note.content"]
     for row in rows:
-        assert f"| {row['drop']:g} | {row['method']} | {row['lds']:.3f} | {row['low']:.3f} to {row['high']:.3f} |" in text
+        assert (
+            f"| {row['drop']:g} | {row['method']} | {row['lds']:.3f} | {row['low']:.3f} to {row['high']:.3f} |" in text
+        )
     shown = json.loads((root / "tables/lds.json").read_text())
     assert [line[:2] for line in shown["data"]] == [[row["drop"], row["method"]] for row in rows]
     assert "Metasmoothness" not in text
@@ -265,7 +266,9 @@ def test_without_a_magic_run_one_is_made_inside(store: Path, monkeypatch: pytest
     assert mlflow.get_run(again).info.status == "FINISHED"
 
 
-def unlucky(monkeypatch: pytest.MonkeyPatch, numbers: set[int], message: str = "no luck", attempts: int = 2) -> list[int]:
+def unlucky(
+    monkeypatch: pytest.MonkeyPatch, numbers: set[int], message: str = "no luck", attempts: int = 2
+) -> list[int]:
     """Let the retrainings of some numbers fail; returns the list that grows with every attempt."""
     tried: list[int] = []
 
@@ -511,7 +514,9 @@ def test_run_ids_that_do_not_belong_together(validated: tuple) -> None:
     assert "allowed: the ID of a run" in refusal("lds", "--magic-run-id", "../x")
     other = tr.train(CONFIG.override({"seed": 1}))
     message = refusal("lds", "--magic-run-id", magic_run, "--train-run-id", other)
-    assert f"magic_run_id: run {magic_run} replayed the training run {train_run}, but train_run_id is {other}" in message
+    assert (
+        f"magic_run_id: run {magic_run} replayed the training run {train_run}, but train_run_id is {other}" in message
+    )
     child = children_of(lds_run)[0].info.run_id
     with pytest.raises(RunError, match="is of stage 'retraining'"):
         tr.lds(child)

@@ -261,7 +261,6 @@ def test_scores_are_the_slopes_of_real_trainings(kind: str, store: Path) -> None
     assert_scores_are_slopes(store, KINDS[kind])
 
 
-@pytest.mark.xfail(strict=True, reason="DifferentiableModel skips the second name of a layer in the same parent")
 def test_scores_of_a_batch_norm_under_two_names_are_slopes(store: Path) -> None:
     assert_scores_are_slopes(store, UNDER_TWO_NAMES)
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tracked_replay.config import ReplayConfig
-from tracked_replay.errors import NumericalError, ReplayError
+from tracked_replay.errors import NumericalError, ReplayError, TaskError
 from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.targets import Target
 from tracked_replay.tasks import Task, TaskData
 from tracked_replay.training.groups import ParameterGroup
+from tracked_replay.training.loop import measured
 from tracked_replay.training.state import State, Tensors
 from tracked_replay.training.step import TrainingStep, gradient, seed_step, weighted_loss
 
@@ -80,6 +81,7 @@ class StepAdjoint:
         labels: Tensor,
         learning_rates: Sequence[float],
         cotangents: Sequence[Cotangent],
+        recorded_loss: float | None = None,
     ) -> tuple[list[Cotangent], Tensor]:
         """The adjoint of step ``before.step``, for any number of targets on one retained gradient graph.
 
@@ -90,19 +92,23 @@ class StepAdjoint:
             labels: (B,).
             learning_rates: one a parameter group.
             cotangents: ∂φ/∂after, one a target.
+            recorded_loss: the loss of the step as it was trained, which the differentiated function must give too.
 
         Returns:
             ∂φ/∂before, one a target, and ∂φ/∂w at w = 1 as a (targets, B) tensor.
 
         Raises:
-            ReplayError: a layer changes a buffer and has no adjoint.
+            ReplayError: a layer changes a buffer and has no adjoint, or the differentiated function is another.
             NumericalError: NaN or Inf in a cotangent.
         """
         self._require_known_buffers(before, after)
         parameters = {name: tensor.detach().requires_grad_() for name, tensor in before.parameters.items()}
         statistics = {name: before.buffers[name].detach().requires_grad_() for name in self.model.statistics}
         weights = torch.ones(len(labels), dtype=inputs.dtype, device=inputs.device, requires_grad=True)
-        gradients, updated = self._graph(before, parameters, statistics, weights, inputs, labels)
+        loss, updated = self._forward(before, parameters, statistics, weights, inputs, labels)
+        if recorded_loss is not None:
+            _require_same_loss(before.step, loss, recorded_loss)
+        gradients = gradient(loss, parameters, create_graph=True)
 
         parameter_scales = self._parameter_scales(after)
         gradient_scale = self._gradient_scale(gradients)
@@ -135,17 +141,16 @@ class StepAdjoint:
         _require_finite(before.step, stacked, results)
         return results, stacked
 
-    def _graph(
+    def _forward(
         self, before: State, parameters: Tensors, statistics: Tensors, weights: Tensor, inputs: Tensor, labels: Tensor
-    ) -> tuple[Tensors, Tensors]:
-        """The batch gradient and the next running statistics, both as differentiable functions."""
+    ) -> tuple[Tensor, Tensors]:
+        """The batch loss and the next running statistics, both as differentiable functions."""
         seed_step(self.step.seed, before.step)
         self.model.module.train()
         tensors = {**before.buffers, **parameters, **statistics}
         outputs = functional_call(self.model.module, tensors, (inputs,))
-        updated = self.model.updated_statistics()
-        loss = weighted_loss(self.step.per_example_loss(outputs, labels), weights)
-        return gradient(loss, parameters, create_graph=True), updated
+        losses = self.step.per_example_loss(outputs, labels)
+        return weighted_loss(losses, len(labels), weights), self.model.updated_statistics()
 
     def _through_optimizer(
         self, before: State, learning_rates: Sequence[float], cotangent: Cotangent, scales: dict[str, float]
@@ -246,9 +251,9 @@ def measurement_cotangent(adjoint: StepAdjoint, task: Task, data: TaskData, fina
     for chosen, factors in zip(indices.split(MEASUREMENT_BATCH), coefficients.split(MEASUREMENT_BATCH), strict=True):
         batch = data.evaluation_batch(chosen)
         outputs = functional_call(module, {**final.buffers, **parameters, **statistics}, (batch.inputs,))
-        values = task.measurement(outputs, batch.labels)
-        if values.ndim != 1:
-            raise ReplayError(f"the task's measurement must have shape (batch,); found {tuple(values.shape)}")
+        values = measured(task, outputs, batch.labels)
+        if not values.requires_grad or not values.is_floating_point():
+            raise TaskError(f"{task.name}.measurement: found values that do not depend on the model's parameters")
         factors = factors.to(device=values.device, dtype=values.dtype)
         pulled = torch.autograd.grad((values * factors).sum(), sources, allow_unused=True, materialize_grads=True)
         total = [sum_ + part for sum_, part in zip(total, pulled, strict=True)]
@@ -258,6 +263,16 @@ def measurement_cotangent(adjoint: StepAdjoint, task: Task, data: TaskData, fina
         statistics=dict(zip(statistics, total[count:], strict=True)),
         momentum={},
     )
+
+
+def _require_same_loss(step: int, loss: Tensor, recorded: float) -> None:
+    # Equal to rounding, which the sums over a batch bring to some thousand units in the last place at most.
+    tolerance = 1e4 * torch.finfo(loss.dtype).eps * max(1.0, abs(recorded))
+    if abs(loss.item() - recorded) > tolerance:
+        raise ReplayError(
+            f"step {step}: the function that is differentiated gives the loss {loss.item():.9g}, the training had "
+            f"{recorded:.9g}; a layer of the model computes something else in its replaced form"
+        )
 
 
 def _require_finite(step: int, scores: Tensor, cotangents: Sequence[Cotangent]) -> None:

@@ -109,13 +109,13 @@ class DifferentiableModel:
 
     def _replace(self, module: nn.Module, name: str) -> nn.Module:
         if isinstance(module, _BatchNorm):
-            if isinstance(module, nn.SyncBatchNorm):
-                raise ReplayError(f"layer {name!r}: SyncBatchNorm has no adjoint here; use nn.BatchNorm2d")
             if id(module) not in self._replaced:  # a layer used under two names stays one layer
+                _require_plain(module, name)
                 self._replaced[id(module)] = self._normalisations[name] = DifferentiableBatchNorm(module)
             return self._replaced[id(module)]
-        for child_name, child in module.named_children():
-            setattr(module, child_name, self._replace(child, _join(name, child_name)))
+        for child_name, child in list(module._modules.items()):  # named_children() skips a layer's second name
+            if child is not None:
+                setattr(module, child_name, self._replace(child, _join(name, child_name)))
         return module
 
     def updated_statistics(self) -> Tensors:
@@ -125,6 +125,18 @@ class DifferentiableModel:
             for name, layer in self._normalisations.items()
             for statistic, tensor in layer.take_updated().items()
         }
+
+
+def _require_plain(layer: _BatchNorm, name: str) -> None:
+    """A layer that computes something else than BatchNorm must not be replaced by it."""
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if type(layer).forward is not _BatchNorm.forward or not isinstance(layer, plain):
+        raise ReplayError(
+            f"layer {name!r}: {type(layer).__name__} has no adjoint here; allowed: nn.BatchNorm1d, 2d and 3d as torch "
+            f"has them"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ReplayError(f"layer {name!r}: hooks on a BatchNorm have no adjoint here; allowed: none")
 
 
 def _join(prefix: str, name: str) -> str:

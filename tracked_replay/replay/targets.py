@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +62,7 @@ def parse_targets(text: str | int | Sequence[int], num_evaluation: int) -> tuple
     Raises:
         ConfigError: empty, malformed, repeated or out of range.
     """
-    if isinstance(text, int):
-        text = str(text)
-    elif not isinstance(text, str):
-        text = ",".join(str(int(index)) for index in text)
+    text = text if isinstance(text, str) else _as_text(text)
     targets: list[Target] = []
     for group in text.split(";"):
         group = group.strip()
@@ -81,17 +79,29 @@ def parse_targets(text: str | int | Sequence[int], num_evaluation: int) -> tuple
     return tuple(targets)
 
 
+def _as_text(given: object) -> str:
+    """An index or a sequence of them, NumPy's included, in the textual form."""
+    given = given if isinstance(given, Iterable) else [given]
+    parts = []
+    for index in given:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise ConfigError(f"targets: found {index!r}; allowed: {FORMS}")
+        parts.append(str(operator.index(index)))
+    return ",".join(parts)
+
+
 def _indices(text: str, num_evaluation: int) -> list[int]:
     if not text.strip():
         raise ConfigError(f"targets: nothing was given; allowed: {FORMS}")
     indices: list[int] = []
     for item in (part.strip() for part in text.split(",")):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        span = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item)
         if item == "all":
             indices += range(num_evaluation)
             continue
         if span is None:
-            raise ConfigError(f"targets: found {item!r}; allowed: {FORMS}")
+            shown = item if len(item) <= 40 else f"{item[:40]}…"
+            raise ConfigError(f"targets: found {shown!r}; allowed: {FORMS}")
         first, last = int(span[1]), int(span[2] or span[1])
         if last < first:
             raise ConfigError(f"targets: the range {item!r} runs backwards; allowed: {last}-{first}")

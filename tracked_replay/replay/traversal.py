@@ -56,7 +56,9 @@ def replay(
         t = before.step
         batch = setup.data.batch(torch.from_numpy(setup.plan.indices[t]), int(setup.plan.epochs[t]))
         rates = setup.plan.learning_rates[t].tolist()
-        cotangents, scores = adjoint.pull_back(before, after, batch.inputs, batch.labels, rates, cotangents)
+        cotangents, scores = adjoint.pull_back(
+            before, after, batch.inputs, batch.labels, rates, cotangents, float(recording.trace.losses[t])
+        )
         yield StepScores(t, setup.plan.indices[t], scores.double().cpu().numpy())
         after = before
 

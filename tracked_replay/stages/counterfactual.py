@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import operator
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,24 +18,36 @@ import pyarrow.parquet as pq
 
 from tracked_replay import report
 from tracked_replay.config import Config
-from tracked_replay.errors import ConfigError
+from tracked_replay.errors import ConfigError, RetrainingError
 from tracked_replay.executors import InProcess
 from tracked_replay.lds import RetrainingJob, predict, require_no_empty_batch
-from tracked_replay.recording import write_aside, write_json, write_text
+from tracked_replay.recording import Recording, write_aside, write_digests, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import Target, parse_targets
 from tracked_replay.stages.influence import Influence
-from tracked_replay.stages.lds import combine, retrain_all
+from tracked_replay.stages.lds import combine, matching_influence, require_recorded_measurements, retrain_all
 from tracked_replay.stages.magic import checked_setup, magic_stage
-from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.parameters import TARGETS
+from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.stages.train import Outcome, log_problem, open_recording, save_figure
-from tracked_replay.tracking import find_finished, names, point_to, resolve, stage_run, ui_path
+from tracked_replay.tracking import (
+    StageRun,
+    artifacts_of,
+    find_finished,
+    names,
+    point_to,
+    resolve,
+    stage_run,
+    tag_of,
+    ui_path,
+)
 
 logger = logging.getLogger(__name__)
 
 OUTCOMES = "counterfactual/outcomes.parquet"
 WEIGHTS = "counterfactual/weights.parquet"
+INDEX = r"-?\d{1,18}"  # more digits name no example, and int() refuses thousands of them
 REMOVE_FORMS = "indices (3,17,40-49), the path of a file with one index a line, or harmful:K@TARGET, helpful:K@TARGET"
 WEIGHT_FORMS = "index=weight pairs such as 3=0,17=2.5, or the path of a JSON file {index: weight}"
 
@@ -61,22 +75,22 @@ def parse_remove(text: str, num_train: int, influence: Influence | None) -> dict
     Raises:
         ConfigError: malformed, out of range or given twice.
     """
-    ranked = re.fullmatch(r"(harmful|helpful):(\d+)@(.+)", text.strip())
+    ranked = re.fullmatch(r"(harmful|helpful):(\d{1,18})@(.+)", text.strip(), re.ASCII)
     if ranked:
-        return _ranked(ranked[1], int(ranked[2]), ranked[3], influence)
-    path = Path(text.strip())
-    if path.is_file():
-        text = ",".join(path.read_text(encoding="utf-8").split())
+        return _ranked(ranked[1], int(ranked[2]), ranked[3].strip(), influence)
+    content = None if re.fullmatch(r"[\d\s,-]*", text) else _file_content("remove", text)
     indices: list[int] = []
-    for item in (part.strip() for part in text.split(",")):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+    for item in text.split(",") if content is None else content.split():
+        span = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", item, re.ASCII)
         if span is None:
-            raise ConfigError(f"remove: found {item!r}; allowed: {REMOVE_FORMS}")
+            raise ConfigError(f"remove: found {_shown(item)}; allowed: {REMOVE_FORMS}")
         first, last = int(span[1]), int(span[2] or span[1])
+        if last < first:
+            raise ConfigError(f"remove: the range {item.strip()!r} runs backwards; allowed: {last}-{first}")
         _require_in_range("remove", last, num_train)
         indices += range(first, last + 1)
     if not indices:
-        raise ConfigError(f"remove: found {text!r}, which names no example; allowed: {REMOVE_FORMS}")
+        raise ConfigError(f"remove: the file {_shown(text)} names no example; allowed: one index a line")
     weights: dict[int, float] = {}
     for index in indices:
         if index in weights:
@@ -85,12 +99,35 @@ def parse_remove(text: str, num_train: int, influence: Influence | None) -> dict
     return weights
 
 
+def _file_content(name: str, text: str) -> str | None:
+    """Content of the file that a parameter names, or None where it names none. Raises ConfigError."""
+    path = Path(text.strip())
+    try:
+        if not path.is_file():
+            return None
+    except OSError:  # a list of examples longer than a path can be
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{name}: the file {_shown(text)} cannot be read: {reason}") from None
+
+
+def _shown(text: str) -> str:
+    text = text.strip()
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}…"
+
+
 def _ranked(side: str, count: int, target_name: str, influence: Influence | None) -> dict[int, float]:
     if influence is None:
         raise ConfigError(f"remove: {side}:{count}@{target_name} needs the scores of a run; allowed: with magic_run_id")
     names_of = [target.name for target in influence.targets]
     if target_name not in names_of:
-        raise ConfigError(f"remove: found target {target_name!r}; allowed: {', '.join(names_of)}, the run's targets")
+        raise ConfigError(
+            f"remove: found target {_shown(target_name)}; allowed: {', '.join(names_of[:20])}"
+            f"{', …' if len(names_of) > 20 else ''}, the run's targets"
+        )
     scores = influence.scores[names_of.index(target_name)]
     order = np.argsort(-scores if side == "harmful" else scores, kind="stable")
     fitting = [int(i) for i in order[:count] if (scores[i] > 0 if side == "harmful" else scores[i] < 0)]
@@ -102,27 +139,35 @@ def _ranked(side: str, count: int, target_name: str, influence: Influence | None
 
 def parse_weights(text: str, num_train: int) -> dict[int, float]:
     """What ``weights`` takes: ``3=0,17=2.5`` or a JSON file. Raises ConfigError."""
-    path = Path(text.strip())
-    pairs: list[tuple[str, Any]]
-    if path.is_file():
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
-            pairs = [(str(index), weight) for index, weight in loaded]
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"weights: {text!r} is not a JSON object of index: weight ({error})") from None
-    else:
+    content = _file_content("weights", text)
+    if content is None:
         parts = [item.partition("=") for item in text.split(",")]
-        pairs = [(index.strip(), weight.strip()) for index, _, weight in parts]
+        pairs: Sequence[tuple[str, Any]] = [(index.strip(), weight.strip()) for index, _, weight in parts]
+    else:
+        pairs = _json_pairs(text, content)
     weights: dict[int, float] = {}
     for index, weight in pairs:
         try:
-            key, value = int(index), float(weight)
-        except (ValueError, TypeError):
-            raise ConfigError(f"weights: found {index}={weight}; allowed: {WEIGHT_FORMS}") from None
-        if key in weights:
-            raise ConfigError(f"weights: {key} is given twice")
-        weights[key] = value
+            value = float(weight)
+        except (ValueError, TypeError, OverflowError):
+            value = None
+        if value is None or isinstance(weight, bool) or not re.fullmatch(INDEX, index, re.ASCII):
+            raise ConfigError(f"weights: found {_shown(f'{index}={weight}')}; allowed: {WEIGHT_FORMS}")
+        if int(index) in weights:
+            raise ConfigError(f"weights: {int(index)} is given twice")
+        weights[int(index)] = value
     return check_weights(weights, num_train)
+
+
+def _json_pairs(name: str, content: str) -> Sequence[tuple[str, Any]]:
+    """The pairs of a JSON object, repeated keys included. Raises ConfigError."""
+    try:
+        loaded = json.loads(content, object_pairs_hook=tuple)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"weights: the file {_shown(name)} is not JSON: {_shown(str(error))}") from None
+    if not isinstance(loaded, tuple):
+        raise ConfigError(f"weights: the file {_shown(name)} holds no JSON object; allowed: {WEIGHT_FORMS}")
+    return loaded
 
 
 def check_weights(weights: Mapping[int, float], num_train: int) -> dict[int, float]:
@@ -130,11 +175,15 @@ def check_weights(weights: Mapping[int, float], num_train: int) -> dict[int, flo
     if not weights:
         raise ConfigError(f"weights: nothing was given; allowed: {WEIGHT_FORMS}")
     checked: dict[int, float] = {}
-    for index, weight in weights.items():
-        _require_in_range("weights", int(index), num_train)
-        if not np.isfinite(weight):
+    for key, weight in weights.items():
+        try:
+            index, value = operator.index(key), float(weight)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"weights: found {key!r}: {weight!r}; allowed: a whole number and a number") from None
+        _require_in_range("weights", index, num_train)
+        if not math.isfinite(value):
             raise ConfigError(f"weights: found {weight} for example {index}; allowed: finite numbers")
-        checked[int(index)] = float(weight)
+        checked[index] = value
     return checked
 
 
@@ -144,95 +193,126 @@ def _require_in_range(name: str, index: int, num_train: int) -> None:
 
 
 def counterfactual_stage(
-    problem: Problem, influence: Influence, weights: Mapping[int, float], *, force: bool = False, may_point: bool = True
+    problem: Problem,
+    influence: Influence | None,
+    weights: Mapping[int, float],
+    targets: Sequence[Target] = (),
+    *,
+    train_run_id: str = "",
+    force: bool = False,
+    may_point: bool = True,
 ) -> Outcome:
     """Retrain with other weights beside what the scores predict.
 
     Args:
         problem: config, task and data of the recorded run.
-        influence: scores of the targets.
+        influence: scores of the targets; made first where none is given and none matches.
         weights: weights that differ from 1 by training example.
+        targets: what influence is asked on, where it is not given.
+        train_run_id: the recorded run, where influence is not given.
         force: retrain even where a finished run holds the result.
         may_point: see :func:`~tracked_replay.stages.train.train_stage`.
     """
-    inputs = {"train_run_id": influence.train_run_id, "magic_run_id": influence.run_id}
-    exact = {str(index): float(weight).hex() for index, weight in sorted(weights.items())}
-    fingerprint = problem.fingerprint(names.COUNTERFACTUAL, TRAIN_SECTIONS, inputs, weights=exact)
+    with task_errors(problem.config):
+        return _counterfactual_stage(
+            problem, influence, weights, targets, train_run_id, force=force, may_point=may_point
+        )
+
+
+def _counterfactual_stage(
+    problem: Problem,
+    influence: Influence | None,
+    weights: Mapping[int, float],
+    targets: Sequence[Target],
+    train_run_id: str,
+    *,
+    force: bool,
+    may_point: bool,
+) -> Outcome:
     title = f"counterfactual · {problem.task.name} · {len(weights)} examples"
-    found = None if force else find_finished(names.COUNTERFACTUAL, fingerprint)
-    if found is not None:
-        logger.info("reusing counterfactual run %s (same run, weights, config and code)", found)
-        if may_point:
-            point_to(names.COUNTERFACTUAL, found, title, inputs)
-        return Outcome(found, reused=True)
-    setup = checked_setup(problem, open_recording(influence.train_run_id))
+    train_run_id = influence.train_run_id if influence else train_run_id
+    influence = influence or matching_influence(problem, targets, train_run_id)
+    if influence is not None:
+        found = None if force else find_finished(names.COUNTERFACTUAL, _fingerprint(problem, influence, weights))
+        if found is not None:
+            logger.info("reusing counterfactual run %s (same run, weights, config and code)", found)
+            if may_point:
+                point_to(names.COUNTERFACTUAL, found, title, _inputs(influence))
+            return Outcome(found, reused=True)
+    recording = open_recording(train_run_id)
+    setup = checked_setup(problem, recording)
     indices = np.array(sorted(weights), dtype=np.int64)
     values = np.array([weights[int(index)] for index in indices])
     all_weights = np.ones(problem.data.num_train)
     all_weights[indices] = values
     require_no_empty_batch(setup.plan.indices, all_weights)
-    with stage_run(names.COUNTERFACTUAL, fingerprint, title, inputs) as run, tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with stage_run(names.COUNTERFACTUAL, None, title, {"train_run_id": train_run_id}) as run:
+        if influence is None:
+            influence = Influence.open(magic_stage(problem, targets, train_run_id, may_point=False).run_id)
+        run.tag({f"{names.INPUT}{name}": value for name, value in _inputs(influence).items()})
+        run.fingerprint = _fingerprint(problem, influence, weights)
         log_problem(problem, run)
-        write_text(root / CONFIG, problem.config.to_toml())
+        require_recorded_measurements(setup, recording, influence)
         job = RetrainingJob(0, indices, values)
-        results = retrain_all(problem, influence.train_run_id, [job], run, InProcess(), force=force)
-        if 0 not in results:
-            raise ConfigError("the retraining failed twice; the messages above say why")
+        results, errors = retrain_all(problem, train_run_id, [job], run, InProcess(), force=force)
+        if errors:
+            raise RetrainingError(f"the retraining failed twice: {errors[0]}")
         actual = combine(influence.targets, results[0].measurements)
-        predicted = predict(influence.measurements, influence.scores, indices.tolist(), values.tolist())
-        table = pa.table(
-            {
-                "target": [target.id for target in influence.targets],
-                "recorded": influence.measurements,
-                "predicted": predicted,
-                "actual": actual,
-            }
-        )
-        write_aside(root / OUTCOMES, lambda temporary: pq.write_table(table, temporary))
-        changed = pa.table({"train_index": indices, "weight": values})
-        write_aside(root / WEIGHTS, lambda temporary: pq.write_table(changed, temporary))
-        write_json(root / "counterfactual/targets.json", [target.to_json_dict() for target in influence.targets])
-        names_of = [target.name for target in influence.targets]
-        figure = report.counterfactual_figure(
-            names_of,
-            influence.measurements,
-            predicted,
-            actual,
-            f"{problem.task.name}: {len(weights)} examples with another weight",
-        )
-        save_figure(root, "counterfactual", figure)
-        rows = {"target": names_of} | {name: table[name].to_pylist() for name in table.column_names[1:]}
-        run.table(rows, "tables/counterfactual.json")
-        for place, (one, other) in enumerate(
-            zip(predicted - influence.measurements, actual - influence.measurements, strict=True)
-        ):
-            run.metric("change/predicted", one, place)
-            run.metric("change/actual", other, place)
-        run.describe(_description(problem, influence, weights, predicted, actual))
-        run.artifacts(root)
+        _conclude(problem, influence, job, actual, run)
         return Outcome(run.run_id, reused=False)
 
 
+def _inputs(influence: Influence) -> dict[str, str]:
+    return {"train_run_id": influence.train_run_id, "magic_run_id": influence.run_id}
+
+
+def _fingerprint(problem: Problem, influence: Influence, weights: Mapping[int, float]) -> str:
+    exact = {str(index): float(weight).hex() for index, weight in sorted(weights.items())}
+    return problem.fingerprint(names.COUNTERFACTUAL, TRAIN_SECTIONS, _inputs(influence), weights=exact)
+
+
+def _conclude(problem: Problem, influence: Influence, job: RetrainingJob, actual: np.ndarray, run: StageRun) -> None:
+    recorded = influence.measurements
+    predicted = predict(recorded, influence.scores, job.indices, job.weights)
+    ids, names_of = ([getattr(target, field) for target in influence.targets] for field in ("id", "name"))
+    table = pa.table({"target": ids, "recorded": recorded, "predicted": predicted, "actual": actual})
+    changed = pa.table({"train_index": job.indices, "weight": job.weights})
+    with tempfile.TemporaryDirectory(prefix="tracked-replay-counterfactual-") as folder:
+        root = Path(folder)
+        write_text(root / CONFIG, problem.config.to_toml())
+        write_aside(root / OUTCOMES, lambda temporary: pq.write_table(table, temporary))
+        write_aside(root / WEIGHTS, lambda temporary: pq.write_table(changed, temporary))
+        write_json(root / "counterfactual/targets.json", [target.to_json_dict() for target in influence.targets])
+        heading = f"{problem.task.name}: {len(job.indices)} examples with another weight"
+        save_figure(
+            root, "counterfactual", report.counterfactual_figure(names_of, recorded, predicted, actual, heading)
+        )
+        run.table({"target": names_of} | table.drop_columns("target").to_pydict(), "tables/counterfactual.json")
+        for place in range(len(ids)):
+            run.metric("change/predicted", predicted[place] - recorded[place], place)
+            run.metric("change/actual", actual[place] - recorded[place], place)
+        run.describe(_description(problem, influence, len(job.indices), predicted, actual))
+        run.tag({names.DIGESTS: write_digests(root)})
+        run.artifacts(root)
+
+
 def _description(
-    problem: Problem, influence: Influence, weights: Mapping[int, float], predicted: np.ndarray, actual: np.ndarray
+    problem: Problem, influence: Influence, changed: int, predicted: np.ndarray, actual: np.ndarray
 ) -> str:
     lines = ["| target | recorded | predicted | actual |", "|---|---|---|---|"]
     columns = zip(influence.targets, influence.measurements, predicted, actual, strict=True)
     for target, recorded, one, other in list(columns)[:50]:
         lines.append(f"| {target.name} | {recorded:.6g} | {one:.6g} | {other:.6g} |")
     return (
-        f"{problem.task.name} retrained with another weight for {len(weights)} training examples; scores from "
+        f"{problem.task.name} retrained with another weight for {changed} training examples; scores from "
         f"[{influence.run_id}]({ui_path(influence.run_id)}).\n\n" + "\n".join(lines) + "\n"
     )
 
 
 def read_counterfactual(run_id: str) -> Counterfactual:
-    """Predicted and actual measurements of a finished ``counterfactual`` run. Raises RunError."""
-    from tracked_replay.tracking import artifacts_of
-
+    """Predicted and actual measurements of a finished ``counterfactual`` run. Raises RunError, RecordingError."""
     run = resolve(run_id, names.COUNTERFACTUAL, "run_id")
-    with artifacts_of(run.info.run_id)(OUTCOMES) as path:
+    with Recording(artifacts_of(run.info.run_id), tag_of(run, names.DIGESTS) or "").open(OUTCOMES) as path:
         table = pq.read_table(path)
     return Counterfactual(table["predicted"].to_numpy(), table["actual"].to_numpy())
 
@@ -240,7 +320,7 @@ def read_counterfactual(run_id: str) -> Counterfactual:
 def counterfactual(
     train_run_id: str,
     weights: Mapping[int, float],
-    targets: str | int | Sequence[int] = "0",
+    targets: str | int | Sequence[int] = TARGETS,
     *,
     data_root: str | None = None,
     force: bool = False,
@@ -261,17 +341,13 @@ def counterfactual(
     Raises:
         TrackedReplayError: one clear sentence about what was wrong.
     """
+    train_run_id = str(resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id)
     config = open_recording(train_run_id).config.override({"data.root": data_root} if data_root else {})
     problem = Problem.load(config)
     checked = check_weights(weights, problem.data.num_train)
-    influence = influence_of(problem, train_run_id, parse_targets(targets, problem.data.num_evaluation))
-    return read_counterfactual(counterfactual_stage(problem, influence, checked, force=force).run_id)
-
-
-def influence_of(problem: Problem, train_run_id: str, targets: Sequence[Target]) -> Influence:
-    """The matching ``magic`` run of a recorded run, computed where there is none."""
-    train_run = resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id
-    return Influence.open(magic_stage(problem, targets, train_run, may_point=False).run_id)
+    chosen = parse_targets(targets, problem.data.num_evaluation)
+    done = counterfactual_stage(problem, None, checked, chosen, train_run_id=train_run_id, force=force)
+    return read_counterfactual(done.run_id)
 
 
 def run_counterfactual(
@@ -279,7 +355,7 @@ def run_counterfactual(
     *,
     remove: str = "",
     weights: str = "",
-    targets: str = "0",
+    targets: str = TARGETS,
     magic_run_id: str = "",
     data_root: str = "",
     force: bool = False,
@@ -289,6 +365,8 @@ def run_counterfactual(
         raise ConfigError(f"remove, weights: found {remove!r} and {weights!r}; allowed: exactly one of them")
     if not train_run_id and not magic_run_id:
         raise ConfigError("train_run_id: nothing was given; allowed: a finished train run, or magic_run_id")
+    if train_run_id:
+        train_run_id = str(resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id)
     influence = Influence.open(magic_run_id) if magic_run_id else None
     if influence is not None and train_run_id and influence.train_run_id != train_run_id:
         raise ConfigError(
@@ -297,11 +375,14 @@ def run_counterfactual(
         )
     source: Config = influence.config if influence else open_recording(train_run_id).config
     problem = Problem.load(source.override({"data.root": data_root} if data_root else {}))
-    chosen = (
+    changed = (
         parse_remove(remove, problem.data.num_train, influence)
-        if remove
+        if remove.strip()
         else parse_weights(weights, problem.data.num_train)
     )
-    if influence is None:
-        influence = influence_of(problem, train_run_id, parse_targets(targets, problem.data.num_evaluation))
-    return counterfactual_stage(problem, influence, chosen, force=force).run_id
+    chosen: Sequence[Target] = ()
+    if influence is not None:
+        influence.require_targets(targets, TARGETS, problem.data.num_evaluation)
+    else:
+        chosen = parse_targets(targets, problem.data.num_evaluation)
+    return counterfactual_stage(problem, influence, changed, chosen, train_run_id=train_run_id, force=force).run_id

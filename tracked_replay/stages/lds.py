@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tracked_replay import report
 from tracked_replay.config import Config, parse_overrides
 from tracked_replay.determinism import derive_component_seed
-from tracked_replay.errors import ConfigError
+from tracked_replay.errors import ConfigError, RecordingError, ReplayError, RetrainingError
 from tracked_replay.executors import Executor, make_executor
 from tracked_replay.lds import (
     MINIMUM_SUBSETS,
@@ -38,7 +38,7 @@ from tracked_replay.lds import (
 )
 from tracked_replay.lds.metasmoothness import sentence
 from tracked_replay.progress import progress
-from tracked_replay.recording import Recording, write_aside, write_json, write_text
+from tracked_replay.recording import Recording, write_aside, write_digests, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import Target, parse_targets
 from tracked_replay.stages.influence import Influence
@@ -50,10 +50,12 @@ from tracked_replay.stages.magic import (
     matching_training,
     require_fields,
 )
-from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.parameters import LDS_TARGETS
+from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.stages.train import Outcome, log_problem, open_recording, save_figure
 from tracked_replay.tracking import (
+    FinishedChild,
     StageRun,
     artifacts_of,
     find_finished,
@@ -65,7 +67,7 @@ from tracked_replay.tracking import (
     stage_run,
     ui_path,
 )
-from tracked_replay.training import TrainingSetup, set_up
+from tracked_replay.training import TrainingSetup, evaluate, set_up
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +104,23 @@ def lds_stage(
     Raises:
         TrackedReplayError: one clear sentence about what was wrong.
     """
+    with task_errors(problem.config):
+        return _lds_stage(problem, influence, targets, train_run_id, force=force, may_point=may_point)
+
+
+def _lds_stage(
+    problem: Problem,
+    influence: Influence | None,
+    targets: Sequence[Target],
+    train_run_id: str | None,
+    *,
+    force: bool,
+    may_point: bool,
+) -> Outcome:
     config = problem.config.lds
     title = f"lds · {problem.task.name} · drop {config.drop} · {config.subsets} subsets"
-    drops = parse_drop(config.drop)
-    subsets = draw_subsets(problem.config.seed, problem.data.num_train, drops, config.subsets)
+    subsets = checked_subsets(problem)
     executor = make_executor(config.executor, config.workers)
-    setup = set_up(problem.config, problem.task, problem.data)
-    for subset in subsets:
-        require_no_empty_batch(setup.plan.indices, subset.weights(problem.data.num_train))
     if influence is None and not force:
         influence = matching_influence(problem, targets, train_run_id)
     if influence is not None:
@@ -120,7 +131,9 @@ def lds_stage(
             if may_point:
                 point_to(names.LDS, found, title, inputs)
             return Outcome(found, reused=True)
-        checked_setup(problem, open_recording(influence.train_run_id))  # what is wrong leaves no run behind
+        train_run_id = influence.train_run_id
+    if train_run_id is not None:
+        checked_setup(problem, open_recording(train_run_id))  # what is wrong leaves no run behind
     with stage_run(names.LDS, None, title, {}) as run:
         if influence is None:
             made = magic_stage(problem, targets, train_run_id, force=force, may_point=False).run_id
@@ -130,6 +143,16 @@ def lds_stage(
         recording = open_recording(influence.train_run_id)
         _lds(problem, checked_setup(problem, recording), recording, influence, subsets, executor, run, force=force)
         return Outcome(run.run_id, reused=False)
+
+
+def checked_subsets(problem: Problem) -> list[Subset]:
+    """Draw the subsets that the config asks for. Raises ConfigError where one of them cannot be trained without."""
+    config, num_train = problem.config.lds, problem.data.num_train
+    subsets = draw_subsets(problem.config.seed, num_train, parse_drop(config.drop), config.subsets)
+    indices = set_up(problem.config, problem.task, problem.data).plan.indices
+    for subset in subsets:
+        require_no_empty_batch(indices, subset.weights(num_train))
+    return subsets
 
 
 def matching_influence(
@@ -168,15 +191,40 @@ def _lds(
         log_problem(problem, run)
         write_text(root / CONFIG, problem.config.to_toml())
         _checks(root, setup, recording, subsets, influence.config, run)
+        require_recorded_measurements(setup, recording, influence)
         jobs = [RetrainingJob(s.id, s.removed, np.zeros(len(s.removed)), keep) for s in subsets]
-        results = retrain_all(problem, influence.train_run_id, jobs, run, executor, force=force)
-        missing = len(jobs) - len(results)
-        if missing:
+        results, errors = retrain_all(problem, influence.train_run_id, jobs, run, executor, force=force)
+        if errors:
             run.reusable = False  # so that the same command tries the missing ones again
-            run.tag({names.FAILED: str(missing)})
-            logger.warning("%d of %d retrainings failed twice; they are missing from the result", missing, len(jobs))
+            run.tag({names.FAILED: str(len(errors))})
+            logger.warning(
+                "%d of %d retrainings failed twice; they are missing from the result", len(errors), len(jobs)
+            )
+            _require_enough(subsets, results, errors)
         _conclude(root, problem, setup, recording, influence, subsets, results, run)
         run.artifacts(root)
+
+
+def require_recorded_measurements(setup: TrainingSetup, recording: Recording, influence: Influence) -> None:
+    """Check that the task still measures what the scores are about. Raises ReplayError."""
+    measured = evaluate(setup, recording.state(recording.final).to(setup.device)).measurements
+    found = combine(influence.targets, measured)
+    for target, one, other in zip(influence.targets, found, influence.measurements, strict=True):
+        if one != other:
+            raise ReplayError(
+                f"target {target.name}: the recorded run has the measurement {one!r} here, but {other!r} in the magic "
+                f"run {influence.run_id}; the task's measurement is not the one that the scores are about"
+            )
+
+
+def _require_enough(subsets: Sequence[Subset], results: Mapping[int, Retrained], errors: Mapping[int, str]) -> None:
+    left = [subset.drop for subset in subsets if subset.id in results]
+    if not any(left.count(drop) >= MINIMUM_SUBSETS for drop in left):
+        number, why = next(iter(errors.items()))
+        raise RetrainingError(
+            f"{len(left)} of {len(subsets)} retrainings ended, which is too few for a correlation (at least "
+            f"{MINIMUM_SUBSETS} of each drop share); retraining {number} failed twice: {why}"
+        )
 
 
 def _checks(
@@ -190,6 +238,18 @@ def _checks(
     run.metric("checks/passed", len(passed))
 
 
+class Retrainings(NamedTuple):
+    """What came of some retrainings.
+
+    Attributes:
+        results: by job ID.
+        errors: why the others failed twice, by job ID.
+    """
+
+    results: dict[int, Retrained]
+    errors: dict[int, str]
+
+
 def retrain_all(
     problem: Problem,
     train_run_id: str,
@@ -198,7 +258,7 @@ def retrain_all(
     executor: Executor,
     *,
     force: bool = False,
-) -> dict[int, Retrained]:
+) -> Retrainings:
     """Do the retrainings that no finished child run holds yet; each becomes a child run.
 
     Args:
@@ -208,16 +268,18 @@ def retrain_all(
         run: parent of the child runs.
         executor: from :func:`~tracked_replay.executors.make_executor`.
         force: do all of them.
-
-    Returns:
-        Results by job ID, without those that failed twice.
     """
     prints = {job.id: _retraining_fingerprint(problem, train_run_id, job) for job in jobs}
     known = {} if force else finished_children(names.RETRAINING, train_run_id)
     results: dict[int, Retrained] = {}
+    errors: dict[int, str] = {}
     for job in jobs:
-        if prints[job.id] in known:
-            results[job.id] = _read_retraining(known[prints[job.id]], job.id)
+        found = known.get(prints[job.id])
+        if found is not None:
+            try:
+                results[job.id] = _read_retraining(found, job.id)
+            except RecordingError as error:
+                logger.warning("run %s cannot be used, so retraining %d is done again: %s", found.run_id, job.id, error)
     if results:
         logger.info("%d of %d retrainings are finished already and are not done again", len(results), len(jobs))
     pending = [job for job in jobs if job.id not in results]
@@ -232,13 +294,15 @@ def retrain_all(
                 _record_retraining(run, train_run_id, result, prints[job.id])
                 continue
             failed.append(job)
-            logger.warning("retraining %d failed (attempt %d of 2): %s", job.id, attempt, item.error)
+            why = f"{type(item.error).__name__}: {item.error}"
+            logger.warning("retraining %d failed (attempt %d of 2): %s", job.id, attempt, why)
             if attempt == 2:
-                record_child(run.run_id, names.RETRAINING, f"retraining {job.id}", train_run_id, error=str(item.error))
+                errors[job.id] = why
+                record_child(run.run_id, names.RETRAINING, f"retraining {job.id}", train_run_id, error=why)
         pending = failed
         if not pending:
             break
-    return results
+    return Retrainings(results, dict(sorted(errors.items())))
 
 
 def _retraining_fingerprint(problem: Problem, train_run_id: str, job: RetrainingJob) -> str:
@@ -273,14 +337,15 @@ def _record_retraining(run: StageRun, train_run_id: str, result: Retrained, fing
             fingerprint=fingerprint,
             metrics=metrics,
             folder=root,
+            digests=write_digests(root),
         )
 
 
-def _read_retraining(run_id: str, job_id: int) -> Retrained:
-    fetch = artifacts_of(run_id)
-    with fetch("lds/retraining.json") as path:
+def _read_retraining(run: FinishedChild, job_id: int) -> Retrained:
+    recording = Recording(artifacts_of(run.run_id), run.digests)
+    with recording.open("lds/retraining.json") as path:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    with fetch(MEASUREMENTS) as path:
+    with recording.open(MEASUREMENTS) as path:
         measurements = pq.read_table(path)["measurement"].to_numpy()
     return Retrained(job_id, measurements, facts.get("accuracy"), str(facts["final_digest"]), float(facts["seconds"]))
 
@@ -301,11 +366,6 @@ def _conclude(
     run: StageRun,
 ) -> None:
     kept = [subset for subset in subsets if subset.id in results]
-    if len(kept) < MINIMUM_SUBSETS:
-        raise ConfigError(
-            f"subsets: found {len(kept)} retrainings that ended; allowed: at least {MINIMUM_SUBSETS}, since fewer have "
-            f"no correlation"
-        )
     targets = influence.targets
     actual = np.stack([combine(targets, results[subset.id].measurements) for subset in kept])
     scores = {METHOD: influence.scores}
@@ -372,7 +432,8 @@ def _correlations(
     config = problem.config
     shares = np.array([subset.drop for subset in subsets])
     table: dict[float, dict[str, Correlation]] = {}
-    for drop in parse_drop(config.lds.drop):
+    drops = parse_drop(config.lds.drop)
+    for drop in drops:
         rows = shares == drop
         if rows.sum() < MINIMUM_SUBSETS:
             logger.warning("drop %g: only %d retrainings ended, too few for a correlation", drop, rows.sum())
@@ -394,7 +455,7 @@ def _correlations(
                 )
             run.metric(f"lds/{method}", found.mean, round(drop * 10_000))
     # The number that people sort runs by: of the exact scores, at the first share that was asked for.
-    first = next(iter(table.values()), None)
+    first = table.get(drops[0])
     if first is not None:
         run.metric("lds", first[METHOD].mean)
         run.metric("lds_low", first[METHOD].low)
@@ -493,7 +554,7 @@ def run_lds(
     magic_run_id: str | None = None,
     *,
     train_run_id: str | None = None,
-    targets: str | int | Sequence[int] = "0-7",
+    targets: str | int | Sequence[int] = LDS_TARGETS,
     config: Config | None = None,
     overrides: str | Mapping[str, Any] = "",
     data_root: str | None = None,
@@ -504,7 +565,7 @@ def run_lds(
     Args:
         magic_run_id: a finished ``magic`` run; its config holds, and ``overrides`` may change ``lds.*`` only.
         train_run_id: where no ``magic`` run is named: the recorded training to replay first.
-        targets: where no ``magic`` run is named: see :func:`~tracked_replay.replay.parse_targets`.
+        targets: see :func:`~tracked_replay.replay.parse_targets`; a named ``magic`` run has its own.
         config: where no run is named: what to train; the digits preset where it is ``None``.
         overrides: changes to the config, for example ``{"lds.subsets": 24, "lds.drop": "0.01,0.05"}``.
         data_root: where the data are now.
@@ -519,6 +580,8 @@ def run_lds(
     pairs = parse_overrides(overrides) if isinstance(overrides, str) else dict(overrides)
     if data_root:
         pairs["data.root"] = data_root
+    if config is not None and (magic_run_id or train_run_id):
+        raise ConfigError("config: a config and a recorded run were both given; allowed: one of them")
     influence = None
     if magic_run_id:
         influence = Influence.open(magic_run_id)
@@ -534,5 +597,7 @@ def run_lds(
         train_run_id = str(resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id)
         config = open_recording(train_run_id).config
     problem = Problem.load((config or Config.resolve()).override(pairs))
+    if influence is not None:
+        influence.require_targets(targets, LDS_TARGETS, problem.data.num_evaluation)
     chosen = influence.targets if influence else parse_targets(targets, problem.data.num_evaluation)
     return lds_stage(problem, influence, chosen, train_run_id=train_run_id or None, force=force).run_id

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from tracked_replay import report
 from tracked_replay.config import Config, parse_overrides
-from tracked_replay.errors import ConfigError, DataError, NumericalError, ReplayError, TaskError
+from tracked_replay.errors import ConfigError, DataError, NumericalError, ReplayError
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, state_digest, write_digests, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
@@ -215,11 +215,6 @@ def _magic(
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
     final = recording.state(recording.final).to(setup.device)
     measured = evaluate(setup, final).measurements
-    if measured.shape != (setup.data.num_evaluation,):
-        raise TaskError(
-            f"{setup.task.name}.measurement: found values of shape {measured.shape} for {setup.data.num_evaluation} "
-            f"evaluation examples; allowed: one value an example"
-        )
     values = [(target, float(measured[list(target.indices)] @ np.array(target.coefficients))) for target in targets]
     for target, value in values:
         if not math.isfinite(value):

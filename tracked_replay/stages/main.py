@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracked_replay.config import Config
-from tracked_replay.lds import parse_drop
 from tracked_replay.replay import parse_targets
 from tracked_replay.stages.influence import Influence
-from tracked_replay.stages.lds import lds_stage
+from tracked_replay.stages.lds import checked_subsets, lds_stage
 from tracked_replay.stages.magic import magic_stage
-from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.parameters import LDS_TARGETS
+from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.stages.train import SECTIONS, log_problem, train_stage
 from tracked_replay.tracking import names, stage_run, ui_path
 
 
-def run_main(config: Config, targets: str | int | Sequence[int] = "0-7", *, force: bool = False) -> str:
+def run_main(config: Config, targets: str | int | Sequence[int] = LDS_TARGETS, *, force: bool = False) -> str:
     """Record a training, compute influence on the targets, and validate it.
 
     Args:
@@ -28,7 +28,8 @@ def run_main(config: Config, targets: str | int | Sequence[int] = "0-7", *, forc
     """
     problem = Problem.load(config)
     chosen = parse_targets(targets, problem.data.num_evaluation)
-    parse_drop(config.lds.drop)
+    with task_errors(config):
+        checked_subsets(problem)  # what is wrong with the last stage is said before the first
     sections = (*SECTIONS, "replay", "lds", "report")
     fingerprint = problem.fingerprint(names.MAIN, sections, {}, targets=[target.to_json_dict() for target in chosen])
     with stage_run(names.MAIN, fingerprint, f"main · {problem.task.name} · seed {config.seed}", {}) as run:

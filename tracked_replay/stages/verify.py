@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tracked_replay.lds import draw_subsets, parse_drop, run_checks
+from tracked_replay.errors import TrackedReplayError
+from tracked_replay.lds import Subset, draw_subsets, parse_drop, run_checks
 from tracked_replay.progress import progress
-from tracked_replay.recording import write_json, write_text
+from tracked_replay.recording import Recording, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.stages.lds import CHECKS
-from tracked_replay.stages.magic import checked_setup
-from tracked_replay.stages.problem import Problem
+from tracked_replay.stages.magic import recorded_setup, require_fields
+from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.stages.train import SECTIONS, log_problem, open_recording
 from tracked_replay.tracking import names, resolve, stage_run, ui_path
 
@@ -36,13 +38,25 @@ def run_verify(train_run_id: str, *, overrides: dict[str, Any] | None = None, da
     Raises:
         ReplayError: the first check that fails, naming the first differing step and value.
     """
+    train_run_id = str(resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id)
     recording = open_recording(train_run_id)
-    train_run_id = resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id
-    pairs = dict(overrides or {}) | ({"data.root": data_root} if data_root else {})
-    problem = Problem.load(recording.config.override(pairs))
-    setup = checked_setup(problem, recording)
-    config = problem.config.lds
-    subsets = draw_subsets(problem.config.seed, problem.data.num_train, parse_drop(config.drop), config.subsets)
+    pairs = dict(overrides or {})
+    require_fields(pairs, ("lds",), "train_run_id", train_run_id)
+    problem = Problem.load(recording.config.override(pairs | ({"data.root": data_root} if data_root else {})))
+    with task_errors(problem.config):
+        return _verify(problem, recording, train_run_id, _subsets(problem, asked="lds.drop" in pairs))
+
+
+def _subsets(problem: Problem, *, asked: bool) -> list[Subset]:
+    config, num_train = problem.config.lds, problem.data.num_train
+    drops = parse_drop(config.drop)
+    if not asked:  # the recorded share may be too small for so few examples, which is no fault of the run
+        drops = tuple(drop for drop in drops if 0 < round(drop * num_train) < num_train)
+    return draw_subsets(problem.config.seed, num_train, drops, config.subsets)
+
+
+def _verify(problem: Problem, recording: Recording, train_run_id: str, subsets: Sequence[Subset]) -> str:
+    setup = recorded_setup(problem, recording)  # takes no step, so that the checks are the first to say what differs
     inputs = {"train_run_id": train_run_id}
     fingerprint = problem.fingerprint(names.VERIFY, (*SECTIONS, "lds"), inputs)
     with (
@@ -53,12 +67,19 @@ def run_verify(train_run_id: str, *, overrides: dict[str, Any] | None = None, da
         write_text(Path(folder) / CONFIG, problem.config.to_toml())
         lines = []
         passed = []
-        for check in progress(run_checks(setup, recording, subsets), 8, "checks", "check"):
-            logger.info("check passed: %s (%s)", check.name, check.detail)
-            passed.append(check._asdict())
-            lines.append(f"- {check.name}: passed ({check.detail})")
-        run.metric("checks/passed", len(passed))
-        write_json(Path(folder) / CHECKS, passed)
-        run.describe(f"Checks of the training run [{train_run_id}]({ui_path(train_run_id)}):\n\n" + "\n".join(lines))
-        run.artifacts(Path(folder))
+        try:
+            for check in progress(run_checks(setup, recording, subsets), 8, "checks", "check"):
+                logger.info("check passed: %s (%s)", check.name, check.detail)
+                passed.append(check._asdict())
+                lines.append(f"- {check.name}: passed ({check.detail})")
+        except TrackedReplayError as error:
+            lines.append(f"- **failed**: {error}")
+            raise
+        finally:
+            run.metric("checks/passed", len(passed))
+            run.flush()
+            write_json(Path(folder) / CHECKS, passed)
+            head = f"Checks of the training run [{train_run_id}]({ui_path(train_run_id)}):"
+            run.describe(f"{head}\n\n" + "\n".join(lines))
+            run.artifacts(Path(folder))
         return run.run_id

@@ -1,7 +1,7 @@
 """The only place that knows MLflow: a stage as a run, lineage, artifacts, lookup by fingerprint."""
 
 from tracked_replay.tracking import names
-from tracked_replay.tracking.children import finished_children, record_child
+from tracked_replay.tracking.children import FinishedChild, finished_children, record_child
 from tracked_replay.tracking.fingerprint import code_digest, fingerprint
 from tracked_replay.tracking.runs import (
     StageRun,
@@ -18,6 +18,7 @@ from tracked_replay.tracking.runs import (
 )
 
 __all__ = [
+    "FinishedChild",
     "StageRun",
     "artifacts_of",
     "code_digest",

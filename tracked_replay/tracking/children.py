@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from mlflow.entities import Metric, Run, RunTag
+from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
@@ -62,10 +63,22 @@ def record_child(
     return run_id
 
 
-def finished_children(stage: str, train_run_id: str) -> dict[str, Run]:
+class FinishedChild(NamedTuple):
+    """A piece of work that is done.
+
+    Attributes:
+        run_id: its run.
+        digests: SHA-256 of its ``digests.json``.
+    """
+
+    run_id: str
+    digests: str
+
+
+def finished_children(stage: str, train_run_id: str) -> dict[str, FinishedChild]:
     """The FINISHED pieces of work on a recorded run by fingerprint, whoever their parent is."""
     client = MlflowClient()
-    found: dict[str, Run] = {}
+    found: dict[str, FinishedChild] = {}
     token = None
     while True:
         page = client.search_runs(
@@ -78,8 +91,9 @@ def finished_children(stage: str, train_run_id: str) -> dict[str, Run]:
             page_token=token,
         )
         for run in page:
-            if names.FINGERPRINT in run.data.tags:
-                found[run.data.tags[names.FINGERPRINT]] = run
+            tags = run.data.tags
+            if names.FINGERPRINT in tags:
+                found[tags[names.FINGERPRINT]] = FinishedChild(run.info.run_id, tags.get(names.DIGESTS, ""))
         token = page.token
         if not token:
             return found

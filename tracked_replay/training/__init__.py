@@ -1,7 +1,7 @@
 """The step function, parameter groups, schedules, and the loop that goes through a plan of steps."""
 
 from tracked_replay.training.groups import ParameterGroup, parameter_groups
-from tracked_replay.training.loop import StepRecord, TrainingPlan, TrainingSetup, evaluate, set_up, train
+from tracked_replay.training.loop import StepRecord, TrainingPlan, TrainingSetup, evaluate, measured, set_up, train
 from tracked_replay.training.schedule import SHARED_INSTANCE, learning_rates
 from tracked_replay.training.state import State, initial_state
 from tracked_replay.training.step import StepResult, TrainingStep, gradient, seed_step, weighted_loss
@@ -19,6 +19,7 @@ __all__ = [
     "gradient",
     "initial_state",
     "learning_rates",
+    "measured",
     "parameter_groups",
     "seed_step",
     "set_up",

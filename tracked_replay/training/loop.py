@@ -18,7 +18,7 @@ from tracked_replay.determinism import (
     create_deterministic_model,
     set_global_deterministic_state,
 )
-from tracked_replay.errors import ConfigError
+from tracked_replay.errors import ConfigError, TaskError
 from tracked_replay.tasks import Batch, Task, TaskData
 from tracked_replay.training.groups import parameter_groups
 from tracked_replay.training.schedule import SHARED_INSTANCE, learning_rates
@@ -213,6 +213,17 @@ class Evaluation(NamedTuple):
         return float((self.predictions == labels.cpu().numpy()).mean())
 
 
+def measured(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The task's measurement of a batch, (B,). Raises TaskError for any other shape."""
+    values = task.measurement(outputs, labels)
+    if values.shape != labels.shape:
+        raise TaskError(
+            f"{task.name}.measurement: found shape {tuple(values.shape)}; allowed: {tuple(labels.shape)}, one value an "
+            f"example"
+        )
+    return values
+
+
 @torch.no_grad()
 def evaluate(setup: TrainingSetup, state: State) -> Evaluation:
     """Measure every evaluation example in eval mode."""
@@ -221,7 +232,7 @@ def evaluate(setup: TrainingSetup, state: State) -> Evaluation:
     for indices in torch.arange(setup.data.num_evaluation).split(EVALUATION_BATCH):
         batch = setup.data.evaluation_batch(indices)
         outputs = functional_call(model, state.model_tensors, (batch.inputs,))
-        measurements.append(setup.task.measurement(outputs, batch.labels).double().cpu().numpy())
+        measurements.append(measured(setup.task, outputs, batch.labels).double().cpu().numpy())
         if outputs.ndim == 2 and outputs.shape[1] > 1:
             predictions.append(outputs.argmax(1).cpu().numpy())
     return Evaluation(np.concatenate(measurements), np.concatenate(predictions) if predictions else None)

@@ -75,7 +75,7 @@ class TrainingStep:
         seed_step(self.seed, state.step)
         self.model.train()
         outputs = functional_call(self.model, {**parameters, **buffers}, (inputs,))
-        loss = weighted_loss(self.per_example_loss(outputs, labels), weights)
+        loss = weighted_loss(self.per_example_loss(outputs, labels), len(labels), weights)
         gradients = gradient(loss, parameters)
         after = self._update(state, buffers, gradients, learning_rates)
         _require_finite(state.step, loss.detach(), gradients, after)
@@ -106,11 +106,17 @@ def seed_step(master_seed: int, step: int) -> None:
     torch.manual_seed(derive_component_seed(master_seed, "step", step))
 
 
-def weighted_loss(losses: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``(1/B) Σ wᵢ ℓᵢ`` for losses and weights of shape (B,); multiplying by weight 1 is exact."""
-    if losses.ndim != 1:
-        raise TrackedReplayError(f"the task's per_example_loss must have shape (batch,); found {tuple(losses.shape)}")
-    return (losses if weights is None else losses * weights).sum() / len(losses)
+def weighted_loss(losses: Tensor, batch: int, weights: Tensor | None = None) -> Tensor:
+    """``(1/B) Σ wᵢ ℓᵢ`` for losses and weights of shape (B,); multiplying by weight 1 is exact.
+
+    Raises:
+        TrackedReplayError: the losses are not one an example; broadcasting would train on another loss silently.
+    """
+    if losses.shape != (batch,):
+        raise TrackedReplayError(
+            f"the task's per_example_loss: found shape {tuple(losses.shape)}; allowed: ({batch},), one loss an example"
+        )
+    return (losses if weights is None else losses * weights).sum() / batch
 
 
 def gradient(loss: Tensor, parameters: Tensors, *, create_graph: bool = False) -> Tensors:
