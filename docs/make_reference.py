@@ -50,7 +50,10 @@ TAGS = {
         "`tracked_replay.input.magic_run_id` that of the scores, "
         "`tracked_replay.input.lds_run_id` that of the validation under a `main` run",
     ),
-    "digests": ("`train`, `magic`, `retraining`", "SHA-256 of the run's `digests.json`, from which every other file is checked"),
+    "digests": (
+        "`train`, `magic`, `retraining`, `counterfactual`",
+        "SHA-256 of the run's `digests.json`, from which every other file is checked",
+    ),
     "exact": ("`magic`", "`true`, or `false` where a clipping option was on"),
     "reuses": (
         "runs made by `mlflow run` that found their result",

@@ -51,7 +51,7 @@ from tracked_replay.stages.magic import (
     require_fields,
 )
 from tracked_replay.stages.parameters import LDS_TARGETS
-from tracked_replay.stages.problem import Problem, task_errors
+from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.stages.train import Outcome, log_problem, open_recording, save_figure
 from tracked_replay.tracking import (
@@ -202,7 +202,7 @@ def _lds(
             )
             _require_enough(subsets, results, errors)
         _conclude(root, problem, setup, recording, influence, subsets, results, run)
-        run.artifacts(root)
+        publish(run, root)
 
 
 def require_recorded_measurements(setup: TrainingSetup, recording: Recording, influence: Influence) -> None:

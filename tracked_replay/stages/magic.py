@@ -20,7 +20,7 @@ from tracked_replay import report
 from tracked_replay.config import Config, parse_overrides
 from tracked_replay.errors import ConfigError, DataError, NumericalError, ReplayError
 from tracked_replay.progress import progress
-from tracked_replay.recording import Recording, state_digest, write_digests, write_json, write_text
+from tracked_replay.recording import Recording, state_digest, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import (
     PerStepWriter,
@@ -35,7 +35,7 @@ from tracked_replay.replay import (
     write_influence,
 )
 from tracked_replay.replay.scores import INFLUENCE, TARGETS
-from tracked_replay.stages.problem import Problem, task_errors
+from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, save_figure, train_stage
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.tracking import (
@@ -208,8 +208,7 @@ def _magic(
                 run.image(picture, key="targets", step=place)
         run.table(_top_examples(problem, targets, total.scores), "tables/top_examples.json")
         run.describe(_description(problem, targets, train_run_id, mode, exact))
-        run.tag({names.DIGESTS: write_digests(root)})
-        run.artifacts(root)
+        publish(run, root)
 
 
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from tracked_replay.config import Config
+from tracked_replay.recording import write_text
+from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import parse_targets
 from tracked_replay.stages.influence import Influence
 from tracked_replay.stages.lds import checked_subsets, lds_stage
 from tracked_replay.stages.magic import magic_stage
 from tracked_replay.stages.parameters import LDS_TARGETS
-from tracked_replay.stages.problem import Problem, task_errors
+from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import SECTIONS, log_problem, train_stage
 from tracked_replay.tracking import names, stage_run, ui_path
 
@@ -32,8 +36,10 @@ def run_main(config: Config, targets: str | int | Sequence[int] = LDS_TARGETS, *
         checked_subsets(problem)  # what is wrong with the last stage is said before the first
     sections = (*SECTIONS, "replay", "lds", "report")
     fingerprint = problem.fingerprint(names.MAIN, sections, {}, targets=[target.to_json_dict() for target in chosen])
-    with stage_run(names.MAIN, fingerprint, f"main · {problem.task.name} · seed {config.seed}", {}) as run:
+    title = f"main · {problem.task.name} · seed {config.seed}"
+    with stage_run(names.MAIN, fingerprint, title, {}) as run, tempfile.TemporaryDirectory() as folder:
         log_problem(problem, run)
+        write_text(Path(folder) / CONFIG, config.to_toml())
         train_run = train_stage(problem, force=force).run_id
         run.tag({f"{names.INPUT}train_run_id": train_run})
         magic_run = magic_stage(problem, chosen, train_run, force=force, may_point=False).run_id
@@ -42,4 +48,5 @@ def run_main(config: Config, targets: str | int | Sequence[int] = LDS_TARGETS, *
         run.tag({f"{names.INPUT}lds_run_id": lds_run})
         links = {"training": train_run, "influence": magic_run, "validation": lds_run}
         run.describe("\n".join(f"- {what}: [{run_id}]({ui_path(run_id)})" for what, run_id in links.items()))
+        publish(run, Path(folder))
         return run.run_id

@@ -15,8 +15,9 @@ from mlflow.exceptions import MlflowException
 import tracked_replay
 from tracked_replay.config import Config
 from tracked_replay.errors import TaskError, TrackedReplayError
+from tracked_replay.recording import write_digests
 from tracked_replay.tasks import BUILT_IN_TASKS, Task, TaskData, load_task
-from tracked_replay.tracking import code_digest, fingerprint
+from tracked_replay.tracking import StageRun, code_digest, fingerprint, names
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,9 @@ def _check_pictures(task: Task, data: TaskData) -> None:
     if not array or not (found.ndim == 2 or (found.ndim == 3 and found.shape[2] == 3)):
         form = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
         raise TaskError(f"{task.name}.draw: found {form}; allowed: a uint8 array of shape (H, W) or (H, W, 3)")
+
+
+def publish(run: StageRun, root: Path) -> None:
+    """Log a folder as the run's artifacts, with the digests of its files and, in a tag, the digest of those."""
+    run.tag({names.DIGESTS: write_digests(root)})
+    run.artifacts(root)

@@ -15,7 +15,7 @@ from tracked_replay.recording import Recording, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.stages.lds import CHECKS
 from tracked_replay.stages.magic import recorded_setup, require_fields
-from tracked_replay.stages.problem import Problem, task_errors
+from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import SECTIONS, log_problem, open_recording
 from tracked_replay.tracking import names, resolve, stage_run, ui_path
 
@@ -81,5 +81,5 @@ def _verify(problem: Problem, recording: Recording, train_run_id: str, subsets: 
             write_json(Path(folder) / CHECKS, passed)
             head = f"Checks of the training run [{train_run_id}]({ui_path(train_run_id)}):"
             run.describe(f"{head}\n\n" + "\n".join(lines))
-            run.artifacts(Path(folder))
+            publish(run, Path(folder))
         return run.run_id
