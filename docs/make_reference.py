@@ -51,7 +51,7 @@ TAGS = {
         "`tracked_replay.input.lds_run_id` that of the validation under a `main` run",
     ),
     "digests": (
-        "`train`, `magic`, `retraining`, `counterfactual`",
+        "all",
         "SHA-256 of the run's `digests.json`, from which every other file is checked",
     ),
     "exact": ("`magic`", "`true`, or `false` where a clipping option was on"),

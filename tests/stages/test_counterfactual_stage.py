@@ -250,7 +250,7 @@ def test_a_damaged_result_is_never_given_out(recorded: tuple) -> None:
     path = folder_of(run_id) / "counterfactual/outcomes.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(3, "actual", [[1.0, 2.0, 3.0]]), path)
-    with pytest.raises(RecordingError, match="outcomes.parquet is damaged"):
+    with pytest.raises(RecordingError, match=r"outcomes\.parquet is damaged"):
         read_counterfactual(run_id)
     with pytest.raises(RunError, match="is of stage 'magic'"):
         read_counterfactual(magic_run)

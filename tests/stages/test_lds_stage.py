@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from scipy import stats
@@ -20,8 +25,8 @@ from tracked_replay.lds import RetrainingJob, retrain
 from tracked_replay.stages import lds as stage
 from tracked_replay.tracking import names
 
+ROOT = Path(__file__).parents[2]
 CONFIG = tiny_config(train__epochs=2, lds__drop="0.1,0.25", lds__subsets=4, lds__resamples=100)
-TRAINING = CONFIG.override({"lds.drop": "0.01", "lds.subsets": 64, "lds.resamples": 1000})
 LDS = {"lds.drop": "0.1,0.25", "lds.subsets": 4, "lds.resamples": 100}
 QUICK = {"lds.drop": "0.1", "lds.subsets": 3, "lds.resamples": 100, "lds.baselines": False}
 METHODS = ["magic", "tracin", "last_gradient", "random"]
@@ -544,3 +549,114 @@ def test_the_command_line_gives_the_run_and_says_what_it_found(validated: tuple)
     (found,) = re.findall(r"LDS run: (\w+)", out)
     assert f"reusing LDS run {found}" in err
     assert_same_result(found, lds_run)
+
+
+# A process that is killed in the middle.
+
+SLOW_WHERE_ASKED = """
+def prepare(self, inputs, dtype):
+    import os
+    import time
+    time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
+    return inputs.to(dtype)
+"""
+RESUMED = QUICK | {"lds.subsets": 6, "train.epochs": 2}
+
+
+def start(config: str, seconds: float = 0.06, *options: str) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "SECONDS_A_BATCH": str(seconds)}
+    arguments = ["--preset", config, "--targets", "0-1", *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tracked_replay", "lds", *arguments],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_retrainings(process: subprocess.Popen, count: int) -> None:
+    for _ in range(600):
+        if sum(run.info.status == "FINISHED" for run in runs_of("retraining")) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("the retrainings did not start")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_killed_process_goes_on_where_it_stopped(workers: str, store: Path, empty_database: Path) -> None:
+    task = write_task(store, more=SLOW_WHERE_ASKED)
+    config = own_config(task).override(RESUMED)
+    Path("preset.toml").write_text(config.to_toml())
+    tr.magic(config=config, targets="0-1")
+    process = start("preset.toml", 0.15, "--workers", workers)
+    wait_for_retrainings(process, 2)
+    # The run of a process that lives is left alone by other stages.
+    (killed,) = runs_of("lds")
+    tr.train(config.override({"seed": 1}))
+    assert process.poll() is None
+    assert mlflow.get_run(killed.info.run_id).info.status == "RUNNING"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    before = {run.info.run_id: run.info for run in runs_of("retraining")}
+    assert 2 <= len(before) < 6, "the process was too fast to be killed in the middle"
+    assert {info.status for info in before.values()} == {"FINISHED"}
+    assert mlflow.get_run(killed.info.run_id).info.status == "RUNNING"
+
+    out, err = start("preset.toml", 0, "--workers", workers).communicate(timeout=300)
+    assert f"{len(before)} of 6 retrainings are finished already" in err
+    assert f"run {killed.info.run_id} was left RUNNING by a process that is gone; it is closed as KILLED" in err
+    assert mlflow.get_run(killed.info.run_id).info.status == "KILLED"
+    (resumed,) = re.findall(r"LDS run: (\w+)", out)
+    after = {run.info.run_id: run for run in runs_of("retraining")}
+    assert len(after) == 6
+    for run_id, info in before.items():
+        assert (after[run_id].info.start_time, after[run_id].info.end_time) == (info.start_time, info.end_time)
+        assert after[run_id].data.tags["mlflow.parentRunId"] == killed.info.run_id
+    assert len(children_of(resumed)) == 6 - len(before)
+    assert not [status for status in statuses() if status.endswith("RUNNING")]
+
+    (store / "other").mkdir()
+    with tracking_store(store / "other", empty_database):
+        whole = tr.lds(config=config, targets="0-1")
+        assert len(children_of(whole)) == 6
+        elsewhere = folder_of(whole)
+    for name in ("outcomes", "subsets", "predictions", "validation_losses"):
+        file = f"lds/{name}.parquet"
+        assert (elsewhere / file).read_bytes() == (folder_of(resumed) / file).read_bytes(), name
+    assert (elsewhere / "lds/summary.json").read_bytes() == (folder_of(resumed) / "lds/summary.json").read_bytes()
+
+
+def test_a_child_that_was_recorded_by_half_is_trained_again(store: Path) -> None:
+    config = CONFIG.override(QUICK)
+    lds_run = tr.lds(config=config, targets="0")
+    client, (first, second, _) = MlflowClient(), children_of(lds_run)
+    client.delete_tag(first.info.run_id, names.FINGERPRINT)  # killed before the fingerprint was set
+    client.update_run(second.info.run_id, status="RUNNING")  # killed before it was closed
+    client.delete_run(lds_run)
+    again = tr.lds(config=config, targets="0")
+    assert {child.info.run_name for child in children_of(again)} == {first.info.run_name, second.info.run_name}
+    assert table_of(again, "lds/outcomes.parquet").equals(table_of(lds_run, "lds/outcomes.parquet"))
+
+
+@pytest.mark.parametrize("state", ["gone", "zombie", "another process", "another machine", "untagged", "alive"])
+def test_only_a_run_whose_process_is_gone_is_closed(state: str, store: Path) -> None:
+    from tracked_replay.tracking.process import this_process
+
+    host, _, created = this_process().rsplit(" ", 2)
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    owner = f"{host} {child.pid} {psutil.Process(child.pid).create_time():.2f}"
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has waited for it
+    if state == "gone":
+        child.wait()
+    tag = {
+        "another process": f"{host} {os.getpid()} {float(created) - 100:.2f}",  # the number was given out again
+        "another machine": f"not-{host} {child.pid} 1.00",
+        "alive": this_process(),
+    }.get(state, owner)
+    experiment = mlflow.get_experiment_by_name("tests").experiment_id
+    tags = {names.STAGE: "lds"} | ({} if state == "untagged" else {names.PROCESS: tag})
+    run_id = MlflowClient().create_run(experiment, tags=tags).info.run_id
+    tr.train(CONFIG)
+    child.wait()
+    closed = state in ("gone", "zombie", "another process")
+    assert mlflow.get_run(run_id).info.status == ("KILLED" if closed else "RUNNING")

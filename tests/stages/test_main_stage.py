@@ -80,7 +80,7 @@ def test_the_command_under_mlflow_run(store: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_stage_that_fails_fails_the_parent(store: Path) -> None:
     config = CONFIG.override({"train.lr": 1e300})
-    with pytest.raises(tr.TrackedReplayError, match="NaN or Inf"):
+    with pytest.raises(tr.TrackedReplayError, match="step 1: the loss is nan"):
         run_main(config, "0")
     assert statuses() == ["main FAILED", "train FAILED"]
 

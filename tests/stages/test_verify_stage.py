@@ -160,7 +160,7 @@ def test_a_changed_checkpoint_is_named(store: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(RecordingError, match="step-000003.safetensors is damaged"):
+    with pytest.raises(RecordingError, match=r"step-000003\.safetensors is damaged"):
         run_verify(train_run)
     assert statuses() == ["train FINISHED", "verify FAILED"]
 
