@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from stores import tracking_store
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -32,26 +31,6 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
-
-
-@contextmanager
-def tracking_store(folder: Path, empty_database: Path) -> Iterator[Path]:
-    """Make ``folder`` the working directory and an empty store in it MLflow's."""
-    import mlflow
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in list(os.environ):
-            if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
-                patch.delenv(name)
-        shutil.copyfile(empty_database, folder / "mlflow.db")
-        before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        mlflow.set_experiment("tests")
-        yield folder
-        while mlflow.active_run():
-            mlflow.end_run()
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ RECORDED = tiny_config(train__epochs=2, record__every=2)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
-    from conftest import tracking_store
+    from stores import tracking_store
 
     folder = tmp_path_factory.mktemp("store")
     with tracking_store(folder, empty_database):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -475,6 +477,7 @@ def test_digests_that_cannot_be_reproduced_are_refused(store: Path) -> None:
         (["--drop", "0.1,"], "drop: found ''; allowed: shares"),
         (["--drop", "0.1;0.2"], "drop: found '0.1;0.2'; allowed: shares"),
         (["--drop", "0.1,0.10"], "drop: 0.1 is given twice"),
+        (["--drop", "0.1,0.10000001"], "drop: 0.1 is given twice"),
         (["--drop", "0.01"], "drop: found 0.01, which removes 0 of 48 training examples; allowed: 0.02"),
         (["--drop", "0.999"], "drop: found 0.999, which removes 48 of 48 training examples"),
         (["--drop", "0.95"], "examples of its batch would be removed"),
@@ -583,7 +586,9 @@ def wait_for_retrainings(process: subprocess.Popen, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_killed_process_goes_on_where_it_stopped(workers: str, store: Path, empty_database: Path) -> None:
+def test_a_killed_process_goes_on_where_it_stopped(
+    workers: str, store: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = write_task(store, more=SLOW_WHERE_ASKED)
     config = own_config(task).override(RESUMED)
     Path("preset.toml").write_text(config.to_toml())
@@ -615,15 +620,19 @@ def test_a_killed_process_goes_on_where_it_stopped(workers: str, store: Path, em
     assert len(children_of(resumed)) == 6 - len(before)
     assert not [status for status in statuses() if status.endswith("RUNNING")]
 
-    (store / "other").mkdir()
-    with tracking_store(store / "other", empty_database):
-        whole = tr.lds(config=config, targets="0-1")
-        assert len(children_of(whole)) == 6
-        elsewhere = folder_of(whole)
+    other = store / "other"
+    other.mkdir()
+    shutil.copyfile(empty_database, other / "mlflow.db")
+    monkeypatch.chdir(other)
+    kept = folder_of(resumed)
+    mlflow.set_tracking_uri(f"sqlite:///{other}/mlflow.db")
+    mlflow.set_experiment("tests")
+    whole = tr.lds(config=config, targets="0-1")
+    assert len(children_of(whole)) == 6
     for name in ("outcomes", "subsets", "predictions", "validation_losses"):
         file = f"lds/{name}.parquet"
-        assert (elsewhere / file).read_bytes() == (folder_of(resumed) / file).read_bytes(), name
-    assert (elsewhere / "lds/summary.json").read_bytes() == (folder_of(resumed) / "lds/summary.json").read_bytes()
+        assert (folder_of(whole) / file).read_bytes() == (kept / file).read_bytes(), name
+    assert (folder_of(whole) / "lds/summary.json").read_bytes() == (kept / "lds/summary.json").read_bytes()
 
 
 def test_a_child_that_was_recorded_by_half_is_trained_again(store: Path) -> None:

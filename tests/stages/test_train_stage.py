@@ -173,7 +173,7 @@ def test_nothing_is_left_behind_outside_the_store(store: Path, monkeypatch: pyte
 
 
 def test_a_store_in_a_folder_with_odd_letters(tmp_path: Path, empty_database: Path) -> None:
-    from conftest import tracking_store
+    from stores import tracking_store
 
     folder = tmp_path / "it's 100% a ü folder"
     folder.mkdir()

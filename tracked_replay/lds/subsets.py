@@ -42,7 +42,7 @@ def parse_drop(text: str) -> tuple[float, ...]:
             share = float("nan")
         if not 0 < share < 1:
             raise ConfigError(f"drop: found {part.strip()!r}; allowed: shares above 0 and below 1, such as 0.01,0.05")
-        if share in shares:
+        if f"{share:g}" in {f"{other:g}" for other in shares}:  # seeds and figures are named by what is printed
             raise ConfigError(f"drop: {share:g} is given twice in {text!r}")
         shares.append(share)
     return tuple(shares)
