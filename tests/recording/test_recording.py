@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import tiny_config, tiny_setup
 from safetensors import safe_open
+from tiny import tiny_config, tiny_setup
 
 from tracked_replay.determinism import load_generator_states
 from tracked_replay.errors import RecordingError, ReplayError
