@@ -1,4 +1,4 @@
-"""A tracking store of its own for a test. Not in conftest.py: two folders have one, and only one answers to the name."""
+"""A tracking store for a test. Not in conftest.py: two folders have one, and only one answers to the name."""
 
 from __future__ import annotations
 
