@@ -31,7 +31,7 @@ def steps(config: Config, examples: int) -> int:
 
 def test_steps_of_the_presets():
     assert steps(Config.resolve("digits"), 1437) == 50
-    assert steps(Config.resolve("cifar10-small"), 50_000) == 100
+    assert steps(Config.resolve("cifar10-small"), 50_000) == 80
     assert steps(Config.resolve("cifar10"), 50_000) == 2000
 
 
