@@ -173,6 +173,15 @@ class LdsConfig(Section):
     resamples: int = Field(default=1000, ge=100, description="bootstrap samples behind the interval of the mean LDS")
     confidence: float = Field(default=0.95, gt=0, lt=1, description="confidence of that interval")
 
+    @field_validator("drop")
+    @classmethod
+    def _check_drop(cls, value: str) -> str:
+        try:
+            parse_drop(value)
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("drop: ")) from None
+        return value
+
 
 class ReportConfig(Section):
     """What people look at."""
@@ -382,6 +391,22 @@ def parse_overrides(text: str) -> dict[str, str]:
             raise ConfigError(f"set: {name} is given twice: {pairs[name]!r} and {value.strip()!r}")
         pairs[name] = value.strip()
     return pairs
+
+
+def parse_drop(text: str) -> tuple[float, ...]:
+    """``"0.01,0.05"`` as shares. Raises ConfigError unless each is above 0 and below 1 and none is given twice."""
+    shares: list[float] = []
+    for part in text.split(","):
+        try:
+            share = float(part)
+        except ValueError:
+            share = float("nan")
+        if not 0 < share < 1:
+            raise ConfigError(f"drop: found {part.strip()!r}; allowed: shares above 0 and below 1, such as 0.01,0.05")
+        if f"{share:g}" in {f"{other:g}" for other in shares}:  # seeds and figures are named by what is printed
+            raise ConfigError(f"drop: {share:g} is given twice in {text!r}")
+        shares.append(share)
+    return tuple(shares)
 
 
 def preset_names() -> tuple[str, ...]:

@@ -32,22 +32,6 @@ class Subset:
         return weights
 
 
-def parse_drop(text: str) -> tuple[float, ...]:
-    """``"0.01,0.05"`` as shares. Raises ConfigError unless each is above 0 and below 1 and none is given twice."""
-    shares: list[float] = []
-    for part in text.split(","):
-        try:
-            share = float(part)
-        except ValueError:
-            share = float("nan")
-        if not 0 < share < 1:
-            raise ConfigError(f"drop: found {part.strip()!r}; allowed: shares above 0 and below 1, such as 0.01,0.05")
-        if f"{share:g}" in {f"{other:g}" for other in shares}:  # seeds and figures are named by what is printed
-            raise ConfigError(f"drop: {share:g} is given twice in {text!r}")
-        shares.append(share)
-    return tuple(shares)
-
-
 def draw_subsets(master_seed: int, num_train: int, drops: Sequence[float], count: int) -> list[Subset]:
     """Draw ``count`` subsets for each share, each from a seed of its own.
 

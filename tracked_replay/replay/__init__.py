@@ -4,7 +4,7 @@ from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_co
 from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
 from tracked_replay.replay.states import choose_mode, states_backward
-from tracked_replay.replay.targets import Target, parse_targets
+from tracked_replay.replay.targets import Target, combine, parse_targets
 from tracked_replay.replay.traversal import StepScores, replay, require_recorded_plan
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "StepScores",
     "Target",
     "choose_mode",
+    "combine",
     "curves",
     "influence_table",
     "measurement_cotangent",

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tracked_replay.errors import ConfigError
 
 FORMS = "an index (21), a range (0-7), a list (0,5,9), all, a mean (mean:0-99), or several of these joined by ';'"
@@ -49,6 +51,11 @@ class Target:
             "indices": list(self.indices),
             "coefficients": list(self.coefficients),
         }
+
+
+def combine(targets: Sequence[Target], measurements: np.ndarray) -> np.ndarray:
+    """Measurements of targets, (targets,) float64, from those of every evaluation example, (evaluation examples,)."""
+    return np.array([measurements[list(target.indices)] @ np.array(target.coefficients) for target in targets])
 
 
 def parse_targets(text: str | int | Sequence[int], num_evaluation: int) -> tuple[Target, ...]:

@@ -23,12 +23,13 @@ from tracked_replay.executors import InProcess
 from tracked_replay.lds import RetrainingJob, predict, require_no_empty_batch
 from tracked_replay.recording import Recording, write_aside, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
-from tracked_replay.replay import Target, parse_targets
+from tracked_replay.replay import Target, combine, parse_targets
 from tracked_replay.stages.influence import Influence
-from tracked_replay.stages.lds import combine, matching_influence, require_recorded_measurements, retrain_all
+from tracked_replay.stages.lds import matching_influence, require_recorded_measurements
 from tracked_replay.stages.magic import checked_setup, magic_stage
 from tracked_replay.stages.parameters import TARGETS
 from tracked_replay.stages.problem import Problem, publish, task_errors
+from tracked_replay.stages.retrainings import retrain_all
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.stages.train import Outcome, log_problem, open_recording, save_figure
 from tracked_replay.tracking import (

@@ -28,6 +28,7 @@ from tracked_replay.replay import (
     StepAdjoint,
     Target,
     choose_mode,
+    combine,
     curves,
     influence_table,
     parse_targets,
@@ -214,7 +215,7 @@ def _magic(
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
     final = recording.state(recording.final).to(setup.device)
     measured = evaluate(setup, final).measurements
-    values = [(target, float(measured[list(target.indices)] @ np.array(target.coefficients))) for target in targets]
+    values = list(zip(targets, combine(targets, measured).tolist(), strict=True))
     for target, value in values:
         if not math.isfinite(value):
             raise NumericalError(f"target {target.name}: its measurement after the last step is {value}")
