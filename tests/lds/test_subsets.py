@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tracked_replay.config import parse_drop
 from tracked_replay.errors import ConfigError
-from tracked_replay.lds import Subset, draw_subsets, parse_drop, require_no_empty_batch
+from tracked_replay.lds import Subset, draw_subsets, require_no_empty_batch
 
 
 def removed(subsets: list[Subset]) -> list[list[int]]:

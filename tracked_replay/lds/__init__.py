@@ -13,7 +13,7 @@ from tracked_replay.lds.retraining import (
     retrain,
     weight_tensor,
 )
-from tracked_replay.lds.subsets import Subset, draw_subsets, parse_drop, require_no_empty_batch
+from tracked_replay.lds.subsets import Subset, draw_subsets, require_no_empty_batch
 
 __all__ = [
     "BASELINES",
@@ -30,7 +30,6 @@ __all__ = [
     "draw_subsets",
     "final_state",
     "metasmoothness",
-    "parse_drop",
     "predict",
     "require_no_empty_batch",
     "require_recorded_states",

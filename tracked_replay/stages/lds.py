@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tracked_replay.config import Config, parse_overrides
+from tracked_replay.config import Config, parse_drop, parse_overrides
 from tracked_replay.errors import ConfigError, ReplayError, RetrainingError
 from tracked_replay.executors import Executor, make_executor
 from tracked_replay.lds import (
@@ -19,7 +19,6 @@ from tracked_replay.lds import (
     RetrainingJob,
     Subset,
     draw_subsets,
-    parse_drop,
     require_no_empty_batch,
     run_checks,
 )

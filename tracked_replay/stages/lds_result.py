@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracked_replay import report
+from tracked_replay.config import parse_drop
 from tracked_replay.determinism import derive_component_seed
 from tracked_replay.lds import (
     MINIMUM_SUBSETS,
@@ -22,7 +23,6 @@ from tracked_replay.lds import (
     baseline_scores,
     correlate,
     metasmoothness,
-    parse_drop,
     predict,
 )
 from tracked_replay.lds.metasmoothness import sentence

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tracked_replay.config import parse_drop
 from tracked_replay.errors import TrackedReplayError
-from tracked_replay.lds import Subset, draw_subsets, parse_drop, run_checks
+from tracked_replay.lds import Subset, draw_subsets, run_checks
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
