@@ -205,7 +205,7 @@ def test_train_then_magic_then_both_again(store: Path, call) -> None:
     named = call("magic", "--train-run-id", trained.run_id, "--targets", "0-1")
     found = call("magic", *common, "--targets", "0-1")
     assert found.run_id == named.run_id
-    assert "reusing influence run" in found.err
+    assert "reusing magic run" in found.err
     forced = call("magic", "--train-run-id", trained.run_id, "--targets", "0-1", "--force", "--replay_mode", "stream")
     assert forced.run_id not in (named.run_id, trained.run_id)
     for result in (trained, again, named, found, forced):

@@ -66,8 +66,8 @@ def test_magic_twice_from_a_path_with_a_space(project: Path) -> None:
 
     again = mlflow_run(project, *arguments, "-P", f"set={QUICK}")
     assert again.returncode == 0, again.stderr
-    assert f"reusing influence run {by_stage['magic'].info.run_id}" in again.stderr + again.stdout
-    assert f"influence run: {by_stage['magic'].info.run_id}" in again.stdout
+    assert f"reusing magic run {by_stage['magic'].info.run_id}" in again.stderr + again.stdout
+    assert f"magic run: {by_stage['magic'].info.run_id}" in again.stdout
     assert {run.info.status for run in runs(project)} == {"FINISHED"}
 
 

@@ -33,7 +33,14 @@ QUIET_MLFLOW = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL
 logger = logging.getLogger("tracked_replay")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Group(click.Group):
+    """Takes a command's name with dashes too, as options are."""
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return super().get_command(context, name.replace("-", "_"))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
     """Train once under MLflow; then ask exact questions about the training data by run ID."""
@@ -67,7 +74,7 @@ def _magic(parameters: MagicParameters) -> None:
         data_root=parameters.data_root or None,
         force=parameters.force,
     )
-    _closing("influence run", run_id, f"python -c \"import tracked_replay as tr; print(tr.load_scores('{run_id}'))\"")
+    _closing("magic run", run_id, f"tracked-replay lds --magic-run-id {run_id}")
 
 
 def _require_no_seed(parameters: StageParameters, recorded_run: str) -> None:
@@ -93,7 +100,10 @@ def _lds(parameters: LdsParameters) -> None:
         data_root=parameters.data_root or None,
         force=parameters.force,
     )
-    _closing("LDS run", run_id, "tracked-replay counterfactual --help")
+    from tracked_replay.tracking import input_by_id
+
+    magic_run = input_by_id(run_id, "magic_run_id")
+    _closing("LDS run", run_id, f"tracked-replay lds --magic-run-id {magic_run} --drop 0.01,0.05,0.1,0.2")
 
 
 def _main(parameters: MainParameters) -> None:
@@ -104,7 +114,10 @@ def _main(parameters: MainParameters) -> None:
     from tracked_replay.stages.main import run_main
 
     run_id = run_main(config, parameters.targets, force=parameters.force)
-    _closing("main run", run_id, "tracked-replay counterfactual --help")
+    from tracked_replay.tracking import input_by_id
+
+    magic_run = input_by_id(run_id, "magic_run_id")
+    _closing("main run", run_id, f"tracked-replay lds --magic-run-id {magic_run} --drop 0.01,0.05,0.1,0.2")
 
 
 def _verify(parameters: VerifyParameters) -> None:
@@ -138,7 +151,9 @@ def _counterfactual(parameters: CounterfactualParameters) -> None:
     result = read_counterfactual(run_id)
     for place, (predicted, actual) in enumerate(zip(result.predicted, result.actual, strict=True)):
         click.echo(f"target {place + 1} of {len(result.actual)}: predicted {predicted:.6g}, actual {actual:.6g}")
-    _closing("counterfactual run", run_id, "tracked-replay lds --help")
+    from tracked_replay.tracking import input_by_id
+
+    _closing("counterfactual run", run_id, f"tracked-replay lds --magic-run-id {input_by_id(run_id, 'magic_run_id')}")
 
 
 STAGES: dict[str, tuple[type[StageParameters], Callable[[Any], None]]] = {
@@ -162,13 +177,10 @@ def _closing(what: str, run_id: str, next_command: str) -> None:
 
 def _command(name: str, model: type[StageParameters], run: Callable[[Any], None]) -> click.Command:
     options: list[click.Parameter] = []
-    example = [f"tracked-replay {name}"]
     for field, info in model.model_fields.items():
         option = "--" + field.replace("_", "-")
         # Also with underscores, as in MLproject, so that a parameter copied from there works.
         declarations = [field, *dict.fromkeys([option, f"--{field}"])]
-        if info.examples and field in ("targets", "set"):
-            example.append(f"{option} {info.examples[0]}")
         if info.annotation is bool:
             options.append(
                 click.Option(
@@ -189,7 +201,7 @@ def _command(name: str, model: type[StageParameters], run: Callable[[Any], None]
         _configure_logging(parameters)
         run(parameters)
 
-    text = f"{model.__doc__}\n\n    Example: {' '.join(example)}"
+    text = f"{model.__doc__}\n\n    Example: tracked-replay {name} {model.example}"
     return click.Command(
         name, params=options, callback=callback, help=text, short_help=(model.__doc__ or "").split("\n")[0]
     )

@@ -16,7 +16,7 @@ from tiny import own_config, tiny_config, write_task
 
 import tracked_replay as tr
 from tracked_replay.errors import ConfigError, RecordingError, ReplayError, RetrainingError, RunError
-from tracked_replay.stages import lds
+from tracked_replay.stages import retrainings
 from tracked_replay.stages.counterfactual import read_counterfactual, run_counterfactual
 from tracked_replay.tracking import names
 
@@ -223,7 +223,7 @@ def test_a_retraining_that_fails_says_why_and_leaves_a_failed_run(store: Path, m
     def fail(setup: object, job: object) -> None:
         raise ValueError("no luck")
 
-    monkeypatch.setattr(lds, "retrain", fail)
+    monkeypatch.setattr(retrainings, "retrain", fail)
     with pytest.raises(RetrainingError, match=r"^the retraining failed twice: ValueError: no luck$"):
         tr.counterfactual(train_run, {1: 0.0})
     assert statuses() == ["counterfactual FAILED", "magic FINISHED", "retraining FAILED", "train FINISHED"]

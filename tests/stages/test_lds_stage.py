@@ -24,7 +24,7 @@ from tiny import own_config, tiny_config, write_task
 import tracked_replay as tr
 from tracked_replay.errors import ConfigError, DataError, RecordingError, ReplayError, RunError, TaskError
 from tracked_replay.lds import RetrainingJob, retrain
-from tracked_replay.stages import lds as stage
+from tracked_replay.stages import retrainings
 from tracked_replay.tracking import names
 
 ROOT = Path(__file__).parents[2]
@@ -285,7 +285,7 @@ def unlucky(
             raise ValueError(message)
         return retrain(setup, job)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "retrain", attempt)
+    monkeypatch.setattr(retrainings, "retrain", attempt)
     return tried
 
 
@@ -321,7 +321,7 @@ def test_a_retraining_that_fails_twice_loses_no_other(
     again = tr.lds(config=config, targets="0-1")
     assert again != lds_run
     assert tried == [1, 1]
-    monkeypatch.setattr(stage, "retrain", retrain)
+    monkeypatch.setattr(retrainings, "retrain", retrain)
     whole = tr.lds(config=config, targets="0-1")
     assert [child.info.run_name for child in children_of(whole)] == ["retraining 1"]
     assert names.FAILED not in mlflow.get_run(whole).data.tags

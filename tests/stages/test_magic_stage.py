@@ -47,7 +47,7 @@ def test_magic_trains_where_nothing_matches_and_reuses_from_then_on(
 
         assert tr.magic(config=CONFIG, targets="0-1") == magic_run
         assert f"reusing training run {train_run}" in caplog.text
-        assert f"reusing influence run {magic_run}" in caplog.text
+        assert f"reusing magic run {magic_run}" in caplog.text
     assert tr.magic(train_run, [0, 1]) == magic_run
     assert tr.magic(train_run, "0-1", overrides="replay.mode=stream", data_root="elsewhere") == magic_run
     assert tr.train(CONFIG) == train_run

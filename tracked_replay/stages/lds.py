@@ -101,7 +101,7 @@ def _lds_stage(
         inputs = _inputs(influence)
         found = None if force else find_finished(names.LDS, _fingerprint(problem, influence))
         if found is not None:
-            logger.info("reusing LDS run %s (same influence run, subsets, config and code)", found)
+            logger.info("reusing LDS run %s (same magic run, subsets, config and code)", found)
             if may_point:
                 point_to(names.LDS, found, title, inputs)
             return Outcome(found, reused=True)

@@ -92,7 +92,7 @@ def _magic_stage(
         fingerprint = magic_fingerprint(problem, targets, known)
         found = None if force else find_finished(names.MAGIC, fingerprint)
         if found is not None:
-            logger.info("reusing influence run %s (same training run, targets, config and code)", found)
+            logger.info("reusing magic run %s (same training run, targets, config and code)", found)
             if may_point:
                 point_to(names.MAGIC, found, title, {"train_run_id": known})
             return Outcome(found, reused=True)
@@ -187,6 +187,7 @@ def _magic(
         write_text(root / CONFIG, config.to_toml())
         per_step = PerStepWriter(per_step_root, targets)
         started = time.perf_counter()
+        logger.info("replaying %d steps for %d targets (%s mode)", recording.trace.steps, len(targets), mode)
         steps = replay(setup, recording, targets, adjoint, mode)
         for step in progress(steps, recording.trace.steps, f"replay ({mode})"):
             total.add(step)

@@ -5,7 +5,7 @@ Every value arrives as text, because ``mlflow run`` cannot leave a parameter out
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,6 +20,7 @@ class StageParameters(BaseModel):
     """Parameters that every stage takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    example: ClassVar[str] = "--set train.epochs=3,train.batch_size=64"
 
     preset: str = Field(
         default="digits",
@@ -31,7 +32,9 @@ class StageParameters(BaseModel):
         default="", description="folder that holds the data set; empty: the preset's", examples=["data"]
     )
     set: str = Field(
-        default="", description="overrides of config fields", examples=["train.epochs=3,train.batch_size=64"]
+        default="",
+        description="changes of config fields, name=value joined by commas; show_config lists them",
+        examples=["train.epochs=3,train.batch_size=64"],
     )
     force: bool = Field(default=False, description="compute even where a finished run has the same fingerprint")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
@@ -66,12 +69,16 @@ class TrainParameters(StageParameters):
 class ShowConfigParameters(StageParameters):
     """Print the resolved config, or what is wrong with it; run nothing."""
 
+    example: ClassVar[str] = "--preset cifar10"
+
 
 class MagicParameters(StageParameters):
     """Compute the exact influence of all training examples on the targets.
 
     Reuses a matching finished training run, or trains first.
     """
+
+    example: ClassVar[str] = "--targets 0-7 --set train.epochs=3"
 
     train_run_id: str = Field(
         default="", description="a finished train run to replay; empty: find or make one", examples=["4f0c…"]
@@ -100,8 +107,10 @@ class MagicParameters(StageParameters):
 class LdsParameters(MagicParameters):
     """Validate influence scores by retraining without random subsets.
 
-    Runs or reuses magic where no influence run is named. An interrupted validation goes on where it stopped.
+    Runs or reuses magic where no magic run is named. An interrupted validation goes on where it stopped.
     """
+
+    example: ClassVar[str] = "--magic-run-id RUN_ID --drop 0.01,0.05 --workers 2"
 
     targets: str = Field(
         default=LDS_TARGETS, description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
@@ -132,15 +141,21 @@ class LdsParameters(MagicParameters):
 class MainParameters(LdsParameters):
     """Train, compute influence, and validate it, under one parent run."""
 
+    example: ClassVar[str] = "--targets 0-7 --subsets 24"
+
 
 class VerifyParameters(StageParameters):
     """Check a recorded run: order, trace, weights, initial model, config, digests, and a retraining."""
+
+    example: ClassVar[str] = "--train-run-id RUN_ID"
 
     train_run_id: str = Field(default="", description="the finished train run to check", examples=["4f0c…"])
 
 
 class CounterfactualParameters(StageParameters):
     """Remove or reweight named examples, retrain, and show predicted beside actual for every target."""
+
+    example: ClassVar[str] = "--magic-run-id RUN_ID --remove harmful:20@3"
 
     train_run_id: str = Field(default="", description="the finished train run to retrain", examples=["4f0c…"])
     magic_run_id: str = Field(

@@ -88,6 +88,7 @@ def open_recording(run_id: str) -> Recording:
 
 def _train(problem: Problem, setup: TrainingSetup, run: StageRun) -> None:
     config, plan = problem.config, setup.plan
+    logger.info("training %d steps of %d examples, run %s", plan.steps, config.train.batch_size, run.run_id)
     log_problem(problem, run)
     losses = np.empty(plan.steps)
     accuracies: list[tuple[int, float]] = []

@@ -230,6 +230,11 @@ def input_of(run: Run, name: str) -> str:
     return str(run.data.tags[f"{names.INPUT}{name}"])
 
 
+def input_by_id(run_id: str, name: str) -> str:
+    """Upstream run ID of the run with an ID."""
+    return input_of(MlflowClient().get_run(run_id), name)
+
+
 def tag_of(run: Run, name: str) -> str | None:
     """A tag's value, or None."""
     value = run.data.tags.get(name)
