@@ -73,7 +73,7 @@ def test_the_command_under_mlflow_run(store: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(run.data.tags[names.STAGE] for run in children_of(made[0])) == STAGES
     assert children_of(made[1]) == []
     for stage in STAGES:
-        assert f"reusing {dict(lds='LDS', magic='influence', train='training')[stage]} run" in err
+        assert f"reusing {dict(lds='LDS', magic='magic', train='training')[stage]} run" in err
     (train_run,) = runs_of("train")
     assert train_run.data.params["master_seed"] == "4"
 
