@@ -1,6 +1,6 @@
 """Recorded training ÷ the same loop without recording, and the time of 1000 seed derivations.
 
-    python tests/benchmarks/recording_overhead.py [--width 0.5] [--batch 128] [--steps 40] [--rounds 5]
+    PYTHONPATH=. python tests/benchmarks/recording_overhead.py [--width 0.5] [--batch 128] [--steps 40] [--rounds 5]
 
 Both loops take the same steps of a CIFAR-shaped ResNet-9 on random images in one process, in turn; the ratio of each
 round and their median are printed. The recorded loop writes everything a `train` run writes: a checkpoint and
