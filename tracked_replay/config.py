@@ -106,6 +106,11 @@ class TrainConfig(Section):
     threads: int = Field(
         default=2, ge=1, le=1024, description="CPU threads; the bits of a step depend on it, so it is pinned"
     )
+    reproducibility: Literal["full", "kernels", "seeds"] = Field(
+        default="full",
+        description="full: a retraining repeats every bit; kernels: threads is not pinned; "
+        "seeds: kernels need not be deterministic either",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:

@@ -109,7 +109,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(generators.os, "fsync", full)
+    monkeypatch.setattr(generators.os, "replace", full)
     _draw()
     with pytest.raises(OSError, match="no space"):
         save_generator_states(capture_generator_states(), path)

@@ -15,7 +15,7 @@ from tiny import tiny_setup
 from tracked_replay.errors import ReplayError
 from tracked_replay.lds import RetrainingJob, draw_subsets, final_state, predict, require_recorded_states, retrain
 from tracked_replay.recording import Recorder, Recording, folder_source, state_digest
-from tracked_replay.replay import ScoreSum, StepAdjoint, Target, replay
+from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
 from tracked_replay.training import TrainingSetup, evaluate, train
 
 
@@ -118,8 +118,8 @@ def test_scores_predict_what_removals_of_a_few_examples_do(tmp_path: Path) -> No
     setup = tiny_setup(train__lr=0.01)
     recording = recorded(setup, tmp_path)
     targets = tuple(Target.single(index) for index in range(10))
-    total = ScoreSum(targets, 48)
-    for step in replay(setup, recording, targets, StepAdjoint(setup.step), "memory"):
+    total = ScoreSum(targets, 48, setup.plan.steps)
+    for step in Replay(setup, recording, targets, StepAdjoint(setup.step), "memory"):
         total.add(step)
     base = evaluate(setup, recording.state(recording.final)).measurements
     random = np.random.default_rng(0).standard_normal(total.scores.shape)

@@ -12,7 +12,7 @@ from tiny import tiny_setup
 from torch import Tensor
 
 from tracked_replay.recording import Recorder, Recording, folder_source
-from tracked_replay.replay import ScoreSum, StepAdjoint, Target, replay
+from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
 from tracked_replay.training import TrainingSetup, evaluate, train
 
 VARIANTS = {
@@ -35,8 +35,8 @@ def recorded(setup: TrainingSetup, root: Path) -> Recording:
 
 
 def replayed(setup: TrainingSetup, recording: Recording, targets=TARGETS, mode: str = "memory") -> np.ndarray:
-    total = ScoreSum(targets, setup.data.num_train)
-    for step in replay(setup, recording, targets, StepAdjoint(setup.step), mode):
+    total = ScoreSum(targets, setup.data.num_train, setup.plan.steps)
+    for step in Replay(setup, recording, targets, StepAdjoint(setup.step), mode):
         total.add(step)
     return total.scores
 

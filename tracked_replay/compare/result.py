@@ -16,7 +16,8 @@ class Tolerance:
     """What does not count as a difference; the default lets nothing pass.
 
     Attributes:
-        max_ulp: tensor elements and losses at most this many representable numbers apart count as equal.
+        max_ulp: losses and floating-point or complex tensor elements at most this many representable numbers apart
+            count as equal; integers and bools must agree.
         ignore: what is left out of the verdict: patterns of tensor names (``momentum/*``), or the aspects ``data``,
             ``lr``, ``loss``, ``generators``.
     """
@@ -62,7 +63,8 @@ class TensorComparison:
         difference: ``none``, ``missing in a``, ``missing in b``, ``dtype``, ``shape`` or ``values``.
         dtype_a, dtype_b: for example ``float32``; ``None`` on the side that lacks the tensor.
         shape_a, shape_b: likewise.
-        elements: number of elements (of the side that has the tensor, where one lacks it).
+        elements: number of elements (of the side that has the tensor, where one lacks it; of a, where shapes differ).
+            Only tensors of one dtype and shape are compared further: all that follows stays empty for others.
         differing: elements whose bits differ.
         beyond: elements that differ by more than the tolerance lets pass (all of ``differing`` without one).
         largest_absolute: largest |a − b| over the differing elements, in float64; NaN and infinite differences are
@@ -109,7 +111,8 @@ class TensorComparison:
         return self.differing / self.elements if self.elements else 0.0
 
 
-class TraceDifference(NamedTuple):
+@dataclass(frozen=True)
+class TraceDifference:
     """The first step at which one column of the batch traces differs.
 
     Attributes:
@@ -157,7 +160,7 @@ class Comparison:
         first_tensor: name of the first tensor that differs after that step, where states were at hand.
         causes: likely causes, most likely first.
         steps_a, steps_b: number of steps of each run.
-        tensors: all tensors of the last common state.
+        tensors: all tensors of the last common state; of files, those of the first that differs.
         tensors_step: number of that state.
         first_tensors: tensors that differ in the state after the first divergent step (before the first step, where
             the initial states differ).

@@ -1,4 +1,4 @@
-"""Determinism of one process: seeds, generator states, sampler and loaders, flags, environment.
+"""Determinism of one process: seeds, generator states, sampler and loaders, flags, environment, self-test.
 
 The lowest layer of the package: it imports nothing of the others but the errors.
 """
@@ -21,17 +21,21 @@ from tracked_replay.determinism._generators import (
     save_generator_states,
 )
 from tracked_replay.determinism._process import (
+    Reproducibility,
     deterministic_flags,
     require_deterministic,
     set_global_deterministic_state,
 )
 from tracked_replay.determinism._sampler import DeterministicSampler
 from tracked_replay.determinism._seeds import SeedDerivations, derive_component_seed
+from tracked_replay.determinism._self_test import SelfTest, verify_reproducibility
 
 __all__ = [
     "DeterministicSampler",
     "GeneratorStates",
+    "Reproducibility",
     "SeedDerivations",
+    "SelfTest",
     "capture_generator_states",
     "create_deterministic_loader",
     "create_deterministic_model",
@@ -48,4 +52,5 @@ __all__ = [
     "seed_worker",
     "set_global_deterministic_state",
     "set_loader_epoch",
+    "verify_reproducibility",
 ]

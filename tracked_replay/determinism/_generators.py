@@ -221,13 +221,10 @@ def save_generator_states(states: GeneratorStates, path: str | os.PathLike[str])
     description = {"digest": _digest(arrays, scalars), "format": _FORMAT, "scalars": scalars}
     content = safetensors.numpy.save(arrays, {_METADATA_KEY: json.dumps(description, sort_keys=True)})
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         with aside.open("xb") as file:
             file.write(content)
-            file.flush()
-            # Without this a power cut after the move can leave an empty file under the final name.
-            os.fsync(file.fileno())
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 """Process-wide flags that make Torch deterministic, and the check that they are in force."""
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,6 +15,10 @@ _CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 # The two settings with which cuBLAS is deterministic on several streams.
 _CUBLAS_ALLOWED = (":4096:8", ":16:8")
 
+Reproducibility = Literal["full", "kernels", "seeds"]
+
+# The mode that this process was last put into; None where it was put into none.
+_mode: Reproducibility | None = None
 
 # Torch gives these modules their attributes at run time, where a type checker does not see them.
 _backends: Any = torch.backends
@@ -59,42 +65,102 @@ def _pin_threads(threads: int) -> None:
         raise ConfigError(f"Torch was set to {threads} thread(s) but reports {found}")
 
 
-def set_global_deterministic_state(master_seed: int, threads: int | None = None) -> None:
-    """Seed every generator of this process and make Torch use deterministic algorithms only.
+def set_global_deterministic_state(
+    master_seed: int, threads: int | None = None, mode: Reproducibility = "full"
+) -> None:
+    """Seed every generator of this process and make its results repeatable as far as the mode says.
 
-    Python's, Torch's and all CUDA generators are seeded with ``master_seed``, and NumPy's with
+    In every mode Python's, Torch's and all CUDA generators are seeded with ``master_seed``, and NumPy's with
     ``derive_component_seed(master_seed, "numpy")``, because NumPy and Torch would emit the same words from the same
-    seed. An operation that has no deterministic algorithm raises afterwards instead of warning. cuDNN is deterministic
-    and does not choose kernels by timing them. Float32 products are computed in float32: no TF32 and no bfloat16.
+    seed. In every mode cuDNN does not choose kernels by timing them, and float32 products are computed in float32, no
+    TF32 and no bfloat16: that is a matter of being right, not of being repeatable.
 
-    Call it before the process first uses CUDA: cuBLAS reads ``CUBLAS_WORKSPACE_CONFIG`` when it starts.
+    - ``"full"``: an operation that has no deterministic algorithm raises instead of warning, cuDNN is deterministic,
+      and the number of threads is pinned.
+    - ``"kernels"``: the same, but the number of threads stays as it is.
+    - ``"seeds"``: Torch and cuDNN may use algorithms that are not deterministic, also where an earlier call forbade
+      them, and the number of threads stays as it is.
+
+    Call it before the process first uses CUDA: cuBLAS reads ``CUBLAS_WORKSPACE_CONFIG`` when it starts. The mode
+    ``"seeds"`` leaves that variable alone.
 
     Args:
         master_seed: the run's seed, in ``[0, 2**63)``.
-        threads: number of threads within one operation. The same step differs bitwise between thread counts. None
-            leaves the number as it is.
+        threads: number of threads within one operation, for the mode ``"full"``; the others only check it. The same
+            step differs bitwise between thread counts. None leaves the number as it is.
+        mode: ``"full"``, ``"kernels"`` or ``"seeds"``.
 
     Raises:
-        ConfigError: ``master_seed`` or ``threads`` is out of range, ``CUBLAS_WORKSPACE_CONFIG`` has a value with which
-            cuBLAS is not deterministic, or Torch did not take the number of threads.
+        ConfigError: ``master_seed``, ``threads`` or ``mode`` is out of range, ``CUBLAS_WORKSPACE_CONFIG`` has a value
+            with which cuBLAS is not deterministic, or Torch did not take the number of threads.
     """
+    global _mode
     seed = _check_seed(master_seed)
     if threads is not None and _as_int(threads, "threads") < 1:
         raise ConfigError(f"threads must be at least 1, found {threads}")
-    _require_cublas_workspace()
-    if threads is not None:
+    if mode not in get_args(Reproducibility):
+        raise ConfigError(f"mode: found {mode!r}; allowed: {', '.join(get_args(Reproducibility))}")
+    strict = mode != "seeds"
+    if strict:
+        _require_cublas_workspace()
+    if threads is not None and mode == "full":
         _pin_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.use_deterministic_algorithms(strict, warn_only=False)
     # With this flag Torch writes NaN into every tensor that an operation allocates before it overwrites it: about 4 %
     # of a convolutional training step. It changes results only where memory is read that nothing wrote, which Torch's
     # own operations do not do. Models, where a forgotten initialisation is likely, are created with the flag on.
     _deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = strict
     torch.backends.cudnn.benchmark = False
     _forbid_reduced_precision()
     _seed_python_and_numpy(seed)
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
+    _mode = mode
+
+
+@contextmanager
+def _flags_put_back() -> Iterator[None]:
+    """Run a block and put back what `set_global_deterministic_state` sets in it, but for the generators."""
+    global _mode
+    before = deterministic_flags()
+    mode, threads = _mode, torch.get_num_threads()
+    cudnn_tf32 = _cudnn_tf32()
+    try:
+        yield
+    finally:
+        _mode = mode
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(
+            bool(before["deterministic_algorithms"]), warn_only=bool(before["deterministic_algorithms_warn_only"])
+        )
+        _deterministic.fill_uninitialized_memory = before["fill_uninitialized_memory"]
+        torch.backends.cudnn.deterministic = bool(before["cudnn.deterministic"])
+        torch.backends.cudnn.benchmark = bool(before["cudnn.benchmark"])
+        _put_back_precision(before, cudnn_tf32)
+        workspace = before[_CUBLAS_VARIABLE]
+        if workspace is None:
+            os.environ.pop(_CUBLAS_VARIABLE, None)
+        else:
+            os.environ[_CUBLAS_VARIABLE] = str(workspace)
+
+
+def _cudnn_tf32() -> bool | None:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # the older switch and the newer ones disagree
+        return None
+
+
+def _put_back_precision(before: dict[str, object], cudnn_tf32: bool | None) -> None:
+    # As in _forbid_reduced_precision the older switches come first. One that could not be read keeps what it has now:
+    # where the two disagree it is the newer ones that Torch computes by.
+    if before["float32_matmul_precision"] != "mixed":
+        torch.set_float32_matmul_precision(str(before["float32_matmul_precision"]))
+    if cudnn_tf32 is not None:
+        torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    for name, holder in _fp32_holders().items():
+        holder.fp32_precision = before[name]
 
 
 def _matmul_precision() -> str:
@@ -109,12 +175,14 @@ def deterministic_flags() -> dict[str, object]:
     """Return every setting of this process that decides whether Torch's results can be repeated.
 
     Returns:
-        A dict that JSON can hold: ``deterministic_algorithms``, ``deterministic_algorithms_warn_only``,
+        A dict that JSON can hold: ``mode`` (what `set_global_deterministic_state` was last called with, None where it
+        was not; the others say what holds now), ``deterministic_algorithms``, ``deterministic_algorithms_warn_only``,
         ``fill_uninitialized_memory``, ``cudnn.deterministic``, ``cudnn.benchmark``, ``float32_matmul_precision``,
         ``[cuda|cudnn|mkldnn].*fp32_precision``, ``CUBLAS_WORKSPACE_CONFIG`` (None where not set), ``threads``,
         ``interop_threads``.
     """
     flags: dict[str, object] = {
+        "mode": _mode,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "deterministic_algorithms_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "fill_uninitialized_memory": bool(_deterministic.fill_uninitialized_memory),
@@ -131,10 +199,10 @@ def deterministic_flags() -> dict[str, object]:
 
 
 def require_deterministic(threads: int) -> None:
-    """Check that this process is still as `set_global_deterministic_state` left it.
+    """Check that this process is as `set_global_deterministic_state` leaves it in mode ``"full"``.
 
     Libraries that start worker processes each set the number of threads in their own way, and user code can switch
-    any flag back.
+    any flag back. What is checked is what holds now, whatever mode was asked for.
 
     Args:
         threads: the number of threads within one operation that the run was recorded with.

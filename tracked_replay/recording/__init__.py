@@ -2,6 +2,7 @@
 
 from tracked_replay.recording.checkpoints import Checkpoint, read_checkpoint, read_manifest, write_checkpoint
 from tracked_replay.recording.files import file_sha256, state_digest, write_aside, write_json, write_text
+from tracked_replay.recording.journal import Unfinished, find_unfinished
 from tracked_replay.recording.reader import Fetch, Recording, folder_source
 from tracked_replay.recording.recorder import Recorder, write_digests
 from tracked_replay.recording.trace import Trace, read_trace
@@ -12,7 +13,9 @@ __all__ = [
     "Recorder",
     "Recording",
     "Trace",
+    "Unfinished",
     "file_sha256",
+    "find_unfinished",
     "folder_source",
     "read_checkpoint",
     "read_manifest",

@@ -48,9 +48,14 @@ class Checkpoint:
     bytes: int
 
 
+def checkpoint_file(step: int) -> str:
+    """Where the state before a step is kept, inside the run's artifacts."""
+    return f"{FOLDER}/step-{step:06d}.safetensors"
+
+
 def write_checkpoint(root: Path, state: State) -> Checkpoint:
     """Save a state under ``root/checkpoints``; the same state always gives the same bytes."""
-    file = f"{FOLDER}/step-{state.step:06d}.safetensors"
+    file = checkpoint_file(state.step)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.flat().items()}
     # One metadata entry only: safetensors writes several in an order that changes from process to process.
     content = safetensors.torch.save(tensors, metadata={"step": str(state.step)})

@@ -14,6 +14,8 @@ import xxhash
 
 from tracked_replay.training.state import State
 
+ASIDE = ".*.part"  # what an interruption may leave of a file that was being written
+
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary path beside ``path``, then move the file into place."""

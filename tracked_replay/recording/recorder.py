@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -10,9 +11,11 @@ from tracked_replay.determinism import (
     GeneratorStates,
     capture_generator_states,
     environment_record,
+    restore_generator_states,
     save_generator_states,
 )
 from tracked_replay.recording import checkpoints, files, trace
+from tracked_replay.recording.journal import GENERATORS, Journal, JournalRow, Unfinished, generators_file
 from tracked_replay.training.loop import StepRecord, TrainingSetup
 from tracked_replay.training.state import State
 
@@ -32,16 +35,31 @@ class Recorder:
     are taken. An error there is raised by the next :meth:`add` or by :meth:`finish`.
 
     Use it as a context manager; ``digests.json``, the last file, is written by :meth:`finish` only, so a folder that
-    has it is complete.
+    has it is complete. Until then a journal keeps what :func:`~tracked_replay.recording.find_unfinished` needs to go
+    on after an interruption.
+
+    Args:
+        root: the folder. What an earlier recording left there is removed, unless ``unfinished`` goes on from it.
+        setup: of the training.
+        unfinished: an interrupted recording of the same training under ``root``. The process's generators are put
+            back to where they were; the training must start from its state.
     """
 
-    def __init__(self, root: Path, setup: TrainingSetup) -> None:
+    def __init__(self, root: Path, setup: TrainingSetup, unfinished: Unfinished | None = None) -> None:
         self._root = root
         self._every = setup.config.record.every
         self._trace = trace.TraceWriter(root, setup.config.record.pixels)
         self._checkpoints: list[checkpoints.Checkpoint] = []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._pending: list[Future[None]] = []
+        for folder in (trace.FOLDER, *(() if unfinished else (checkpoints.FOLDER, GENERATORS))):
+            shutil.rmtree(root / folder, ignore_errors=True)
+        for leftover in root.rglob(files.ASIDE):
+            leftover.unlink()
+        self._journal = Journal(root, () if unfinished is None else unfinished.rows)
+        if unfinished is not None:
+            self._go_on(setup, unfinished)
+        self._generators = capture_generator_states()
         _write_setup(root, setup)
 
     def __enter__(self) -> Recorder:
@@ -51,12 +69,13 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        self._journal.close()
 
     def add(self, record: StepRecord) -> None:
         """Record a step; returns before it is on disk."""
         kept = record.before.step % self._every == 0
-        generators = capture_generator_states() if kept else None
-        self._submit(record.before, generators, record)
+        self._submit(record.before, self._generators if kept else None, record)
+        self._generators = capture_generator_states()  # those that the next step starts from
 
     def finish(self, final: State) -> str:
         """Record the final state, wait for all writing, write manifest and digests.
@@ -64,11 +83,33 @@ class Recorder:
         Returns:
             SHA-256 of ``digests.json``: the identity of everything recorded.
         """
-        self._submit(final, capture_generator_states(), None)
+        self._submit(final, self._generators, None)
         self._drain(0)
         self._trace.flush()
         checkpoints.write_manifest(self._root, self._checkpoints)
+        self._journal.remove()
         return write_digests(self._root)
+
+    def _go_on(self, setup: TrainingSetup, unfinished: Unfinished) -> None:
+        plan, labels = setup.plan, setup.data.train.labels.cpu().numpy()
+        for row in unfinished.rows:
+            t = row.step
+            batch = setup.batch(t).inputs if self._trace.pixels else None
+            self._trace.add(
+                trace.TraceRow(
+                    t,
+                    int(plan.epochs[t]),
+                    plan.indices[t],
+                    labels[plan.indices[t]],
+                    plan.learning_rates[t],
+                    row.loss,
+                    row.digest,
+                ),
+                batch,
+            )
+            if row.checkpoint is not None:
+                self._checkpoints.append(row.checkpoint)
+        restore_generator_states(unfinished.generators)
 
     def _submit(self, state: State, generators: GeneratorStates | None, record: StepRecord | None) -> None:
         self._drain(MAX_PENDING)
@@ -79,17 +120,28 @@ class Recorder:
             self._pending.pop(0).result()
 
     def _write(self, state: State, generators: GeneratorStates | None, record: StepRecord | None) -> None:
+        checkpoint = None
         if generators is None:
             digest = files.state_digest(state)
         else:
-            checkpoint = checkpoints.write_checkpoint(self._root, state)
-            self._checkpoints.append(checkpoint)
-            path = self._root / "rng" / f"step-{state.step:06d}.safetensors"
+            path = self._root / generators_file(state.step)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_generator_states(generators, path)
+            checkpoint = checkpoints.write_checkpoint(self._root, state)
+            self._checkpoints.append(checkpoint)
             digest = checkpoint.digest
         if record is not None:
-            self._trace.add(record, digest)
+            row = trace.TraceRow(
+                state.step,
+                record.epoch,
+                record.indices,
+                record.labels,
+                record.learning_rates,
+                record.loss,
+                digest,
+            )
+            self._trace.add(row, record.inputs if self._trace.pixels else None)
+            self._journal.append(JournalRow(state.step, record.loss, digest, checkpoint))
 
 
 def _write_setup(root: Path, setup: TrainingSetup) -> None:

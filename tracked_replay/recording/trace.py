@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from tracked_replay.errors import RecordingError
 from tracked_replay.recording.files import write_aside
-from tracked_replay.training.loop import StepRecord
 
 FOLDER = "trace"
 ROWS_PER_FILE = 1000
@@ -58,31 +58,44 @@ class Trace:
         return len(self.state_digests)
 
 
+class TraceRow(NamedTuple):
+    """One step.
+
+    Attributes:
+        step: the step.
+        epoch: epoch it belongs to.
+        indices: (batch,) int64.
+        labels: (batch,) int64.
+        lr: (groups,) float64.
+        loss: weighted mean loss of the batch.
+        state_digest: digest of the state before the step.
+    """
+
+    step: int
+    epoch: int
+    indices: np.ndarray
+    labels: np.ndarray
+    lr: np.ndarray
+    loss: float
+    state_digest: str
+
+
 @dataclass
 class TraceWriter:
     """Collects rows and writes ``trace/part-00000.parquet``, ``part-00001.parquet``, … under ``root``."""
 
     root: Path
     pixels: bool = False
-    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _rows: list[TraceRow] = field(default_factory=list)
     _pixels: list[np.ndarray] = field(default_factory=list)
     _parts: int = 0
 
-    def add(self, record: StepRecord, digest: str) -> None:
-        """Add the row of a step; ``digest`` is of the state before it."""
-        self._rows.append(
-            {
-                "step": record.before.step,
-                "epoch": record.epoch,
-                "indices": record.indices,
-                "labels": record.labels,
-                "lr": record.learning_rates,
-                "loss": record.loss,
-                "state_digest": digest,
-            }
-        )
+    def add(self, row: TraceRow, inputs: Tensor | None = None) -> None:
+        """Add the row of a step, with its model inputs (batch, ...) where pixels are kept."""
+        self._rows.append(row)
         if self.pixels:
-            self._pixels.append(record.inputs.detach().cpu().numpy())
+            assert inputs is not None
+            self._pixels.append(inputs.detach().cpu().numpy())
         held = sum(pixels.nbytes for pixels in self._pixels[:1]) * len(self._pixels)
         if len(self._rows) >= ROWS_PER_FILE or held >= BYTES_PER_FILE:
             self.flush()
@@ -91,7 +104,7 @@ class TraceWriter:
         """Write the rows held so far, if any."""
         if not self._rows:
             return
-        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
+        table = pa.Table.from_pylist([row._asdict() for row in self._rows], schema=SCHEMA)
         if self.pixels:
             tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(np.stack(self._pixels)))
             table = table.append_column("pixels", tensors)

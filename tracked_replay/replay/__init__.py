@@ -2,15 +2,18 @@
 
 from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
 from tracked_replay.replay.differentiable import DifferentiableModel
+from tracked_replay.replay.saved import SavedReplay, load_replay, save_replay
 from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
 from tracked_replay.replay.states import choose_mode, states_backward
 from tracked_replay.replay.targets import Target, combine, parse_targets
-from tracked_replay.replay.traversal import StepScores, replay, require_recorded_plan
+from tracked_replay.replay.traversal import Replay, StepScores, require_recorded_plan
 
 __all__ = [
     "Cotangent",
     "DifferentiableModel",
     "PerStepWriter",
+    "Replay",
+    "SavedReplay",
     "ScoreSum",
     "StepAdjoint",
     "StepScores",
@@ -19,10 +22,11 @@ __all__ = [
     "combine",
     "curves",
     "influence_table",
+    "load_replay",
     "measurement_cotangent",
     "parse_targets",
-    "replay",
     "require_recorded_plan",
+    "save_replay",
     "states_backward",
     "write_influence",
 ]

@@ -38,13 +38,20 @@ PER_STEP_SCHEMA = pa.schema(
 
 
 class ScoreSum:
-    """Sums what the steps give into one score an example and target, in float64, in the order of the replay."""
+    """Sums what the steps give into one score an example and target, in float64, in the order of the replay.
 
-    def __init__(self, targets: Sequence[Target], num_train: int) -> None:
+    Attributes:
+        scores: (targets, training examples).
+        absolute: (targets, steps) sum of the absolute scores of a step's examples.
+    """
+
+    def __init__(self, targets: Sequence[Target], num_train: int, num_steps: int) -> None:
         self.scores = np.zeros((len(targets), num_train))
+        self.absolute = np.zeros((len(targets), num_steps))
 
     def add(self, step: StepScores) -> None:
         """Add a step; an example may stand in it more than once."""
+        self.absolute[:, step.step] = np.abs(step.scores).sum(axis=1)
         for total, scores in zip(self.scores, step.scores, strict=True):
             np.add.at(total, step.indices, scores)
 
@@ -69,33 +76,38 @@ def write_influence(root: Path, table: pa.Table) -> None:
 
 
 class PerStepWriter:
-    """Writes ``scores/per_step/part-00000.parquet``, … under ``root``: a row a step and target."""
+    """Writes ``scores/per_step/part-00000.parquet``, … under ``root``: a row a step and target.
+
+    Attributes:
+        parts: number of parts written.
+        held: steps that are not written yet.
+    """
 
     def __init__(self, root: Path, targets: Sequence[Target]) -> None:
         self._root = root
         self._targets = targets
-        self._steps: list[StepScores] = []
-        self._parts = 0
+        self.parts = 0
+        self.held: list[StepScores] = []
 
     def add(self, step: StepScores) -> None:
         """Add a step."""
-        self._steps.append(step)
-        if len(self._steps) == STEPS_PER_FILE:
+        self.held.append(step)
+        if len(self.held) == STEPS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
         """Write the steps held so far, if any."""
-        if not self._steps:
+        if not self.held:
             return
         rows = [
             {"step": step.step, "target": target.id, "indices": step.indices, "scores": scores}
-            for step in self._steps
+            for step in self.held
             for target, scores in zip(self._targets, step.scores, strict=True)
         ]
         table = pa.Table.from_pylist(rows, schema=PER_STEP_SCHEMA)
-        path = self._root / PER_STEP / f"part-{self._parts:05d}.parquet"
+        path = self._root / PER_STEP / f"part-{self.parts:05d}.parquet"
         write_aside(path, lambda temporary: pq.write_table(table, temporary))
-        self._steps, self._parts = [], self._parts + 1
+        self.held, self.parts = [], self.parts + 1
 
 
 def curves(root: Path, target: Target, examples: Sequence[int], num_steps: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 
@@ -22,7 +22,7 @@ def choose_mode(mode: str, setup: TrainingSetup, recording: Recording) -> str:
     return "memory" if needed <= MEMORY_SHARE * psutil.virtual_memory().available else "stream"
 
 
-def states_backward(setup: TrainingSetup, recording: Recording, mode: str) -> Iterator[State]:
+def states_backward(setup: TrainingSetup, recording: Recording, mode: str, last: int | None = None) -> Iterator[State]:
     """All states from the last to the first, on the setup's device.
 
     States between two checkpoints are recomputed with the training's own step. In ``memory`` mode everything is read
@@ -33,33 +33,36 @@ def states_backward(setup: TrainingSetup, recording: Recording, mode: str) -> It
         setup: the recorded run's setup.
         recording: where the checkpoints are.
         mode: ``memory`` or ``stream``.
+        last: number of the state to begin with; the final one where it is ``None``.
 
     Raises:
         RecordingError: a checkpoint is missing or damaged.
         ReplayError: a state differs from the recorded digest; names the step.
     """
-    checkpoints = recording.checkpoints
+    digests = (*recording.trace.state_digests, recording.final.digest)
+    last = len(digests) - 1 if last is None else last
+    starts = [checkpoint for checkpoint in recording.checkpoints if checkpoint.step <= last]
+    stops = [*(checkpoint.step for checkpoint in starts[1:]), last + 1]
     segments: Iterator[list[State]] = (
-        _segment(setup, recording, start, stop)
-        for start, stop in zip(reversed(checkpoints[:-1]), reversed(checkpoints[1:]), strict=True)
+        _segment(setup, recording, start, stop, digests)
+        for start, stop in zip(reversed(starts), reversed(stops), strict=True)
     )
     if mode == "memory":
         segments = iter(list(segments))
-    final = recording.state(recording.final)
-    _require_digest(final, recording.final.digest)
-    yield final.to(setup.device)
     for segment in segments:
         yield from reversed(segment)
 
 
-def _segment(setup: TrainingSetup, recording: Recording, start: Checkpoint, stop: Checkpoint) -> list[State]:
-    """States ``start.step`` up to but not including ``stop.step``."""
+def _segment(
+    setup: TrainingSetup, recording: Recording, start: Checkpoint, stop: int, digests: Sequence[str]
+) -> list[State]:
+    """States ``start.step`` up to but not including ``stop``."""
     state = recording.state(start).to(setup.device)
-    _require_digest(state, recording.trace.state_digests[start.step])
+    _require_digest(state, digests[state.step])
     states = [state]
-    while state.step + 1 < stop.step:
+    while state.step + 1 < stop:
         (state, _), _ = setup.take(state)
-        _require_digest(state, recording.trace.state_digests[state.step])
+        _require_digest(state, digests[state.step])
         states.append(state)
     return states
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from tracked_replay.errors import ReplayError
 from tracked_replay.recording import Recording
-from tracked_replay.replay.adjoint import StepAdjoint, measurement_cotangent
+from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
 from tracked_replay.replay.states import states_backward
 from tracked_replay.replay.targets import Target
 from tracked_replay.training.loop import TrainingSetup
@@ -30,10 +29,8 @@ class StepScores(NamedTuple):
     scores: np.ndarray
 
 
-def replay(
-    setup: TrainingSetup, recording: Recording, targets: Sequence[Target], adjoint: StepAdjoint, mode: str = "memory"
-) -> Iterator[StepScores]:
-    """Go through a recorded training backwards.
+class Replay:
+    """Goes through a recorded training backwards: iterate to get one :class:`StepScores` a step, the last step first.
 
     Args:
         setup: made from the recorded config; its plan must be the recorded one.
@@ -41,26 +38,51 @@ def replay(
         targets: what is measured at the end.
         adjoint: of the setup's step; it counts what clipping did.
         mode: ``memory`` or ``stream``; the scores are the same bits.
+        position: state number and cotangents to go on from, one a target; the end of the training where it is ``None``.
 
-    Yields:
-        One :class:`StepScores` a step, from the last step to the first.
+    Attributes:
+        step: number of the state that the traversal has come to.
+        cotangents: ∂φ/∂ that state, one a target; empty before the first step.
 
     Raises:
-        ReplayError, RecordingError, NumericalError: see :func:`states_backward` and :class:`StepAdjoint`.
+        ReplayError: the plan made from the config is not the recorded one.
+        ReplayError, RecordingError, NumericalError: while iterating; see :func:`states_backward` and
+            :class:`StepAdjoint`.
     """
-    require_recorded_plan(setup, recording)
-    states = states_backward(setup, recording, mode)
-    after = next(states)
-    cotangents = [measurement_cotangent(adjoint, setup.task, setup.data, after, target) for target in targets]
-    for before in states:
-        t = before.step
-        batch = setup.data.batch(torch.from_numpy(setup.plan.indices[t]), int(setup.plan.epochs[t]))
-        rates = setup.plan.learning_rates[t].tolist()
-        cotangents, scores = adjoint.pull_back(
-            before, after, batch.inputs, batch.labels, rates, cotangents, float(recording.trace.losses[t])
-        )
-        yield StepScores(t, setup.plan.indices[t], scores.double().cpu().numpy())
-        after = before
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        recording: Recording,
+        targets: Sequence[Target],
+        adjoint: StepAdjoint,
+        mode: str = "memory",
+        position: tuple[int, Sequence[Cotangent]] | None = None,
+    ) -> None:
+        require_recorded_plan(setup, recording)
+        self._setup, self._recording, self._targets, self._adjoint = setup, recording, targets, adjoint
+        self._mode = mode
+        self.step, self.cotangents = (recording.trace.steps, []) if position is None else (position[0], [*position[1]])
+
+    def __iter__(self) -> Iterator[StepScores]:
+        setup, adjoint = self._setup, self._adjoint
+        states = states_backward(setup, self._recording, self._mode, self.step)
+        after = next(states)
+        if not self.cotangents:
+            self.cotangents = [
+                measurement_cotangent(adjoint, setup.task, setup.data, after, target) for target in self._targets
+            ]
+        for before in states:
+            t = before.step
+            batch = setup.batch(t)
+            rates = setup.plan.learning_rates[t].tolist()
+            loss = float(self._recording.trace.losses[t])
+            self.cotangents, scores = adjoint.pull_back(
+                before, after, batch.inputs, batch.labels, rates, self.cotangents, loss
+            )
+            self.step = t
+            yield StepScores(t, setup.plan.indices[t], scores.double().cpu().numpy())
+            after = before
 
 
 def require_recorded_plan(setup: TrainingSetup, recording: Recording) -> None:

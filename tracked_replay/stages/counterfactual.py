@@ -251,7 +251,7 @@ def _counterfactual_stage(
         if influence is None:
             influence = Influence.open(magic_stage(problem, targets, train_run_id, may_point=False).run_id)
         run.tag({f"{names.INPUT}{name}": value for name, value in _inputs(influence).items()})
-        run.fingerprint = _fingerprint(problem, influence, weights)
+        run.identify(_fingerprint(problem, influence, weights))
         log_problem(problem, run)
         require_recorded_measurements(setup, recording, influence)
         job = RetrainingJob(0, indices, values)

@@ -113,7 +113,7 @@ def _lds_stage(
             made = magic_stage(problem, targets, train_run_id, force=force, may_point=False).run_id
             influence = Influence.open(made)
         run.tag({f"{names.INPUT}{name}": value for name, value in _inputs(influence).items()})
-        run.fingerprint = _fingerprint(problem, influence)
+        run.identify(_fingerprint(problem, influence))
         recording = open_recording(influence.train_run_id)
         _lds(problem, checked_setup(problem, recording), recording, influence, subsets, executor, run, force=force)
         return Outcome(run.run_id, reused=False)

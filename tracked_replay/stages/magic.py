@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from tracked_replay.recording import Recording, state_digest, write_json, write_
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import (
     PerStepWriter,
+    Replay,
+    SavedReplay,
     ScoreSum,
     StepAdjoint,
     Target,
@@ -31,17 +34,20 @@ from tracked_replay.replay import (
     combine,
     curves,
     influence_table,
+    load_replay,
     parse_targets,
-    replay,
+    save_replay,
     write_influence,
 )
-from tracked_replay.replay.scores import INFLUENCE, TARGETS
+from tracked_replay.replay.scores import INFLUENCE, PER_STEP, TARGETS
 from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, save_figure, train_stage
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.tracking import (
     StageRun,
+    Workspace,
     find_finished,
+    find_interrupted,
     names,
     point_to,
     resolve,
@@ -56,6 +62,8 @@ SECTIONS = ("seed", "data", "model", "train", "record", "replay", "report")
 REPLAY_SECTIONS = ("replay", "report")
 MEASURED_ALONE = 8  # examples whose measurement is taken once by itself, as a check
 FIGURES = 32  # targets that get figures of their own
+RESUME = "resume"  # folder of a replay under way, inside the run's workspace
+SECONDS_BETWEEN_SAVES = 30.0
 CURVES = 5  # helpful and harmful examples in a figure over training time
 
 
@@ -97,17 +105,29 @@ def _magic_stage(
                 point_to(names.MAGIC, found, title, {"train_run_id": known})
             return Outcome(found, reused=True)
         setup = checked_setup(problem, open_recording(known))
-        with stage_run(names.MAGIC, fingerprint, title, {"train_run_id": known}) as run:
-            _magic(problem, setup, open_recording(known), targets, known, run)
-            return Outcome(run.run_id, reused=False)
+        resume, saved = (None, None) if force else _interrupted(fingerprint, setup)
+        with stage_run(names.MAGIC, fingerprint, title, {"train_run_id": known}, resume) as run:
+            _magic(problem, setup, open_recording(known), targets, known, run, saved)
+        if resume is not None and may_point:
+            point_to(names.MAGIC, resume, title, {"train_run_id": known})
+        return Outcome(run.run_id, reused=False)
     set_up(problem.config, problem.task, problem.data)  # a device that is not there leaves no run behind
     with stage_run(names.MAGIC, None, title, {}) as run:
         trained = train_stage(problem, force=force).run_id
         run.tag({f"{names.INPUT}train_run_id": trained})
-        run.fingerprint = magic_fingerprint(problem, targets, trained)
+        run.identify(magic_fingerprint(problem, targets, trained))
         recording = open_recording(trained)
         _magic(problem, checked_setup(problem, recording), recording, targets, trained, run)
         return Outcome(run.run_id, reused=False)
+
+
+def _interrupted(fingerprint: str, setup: TrainingSetup) -> tuple[str | None, SavedReplay | None]:
+    """The newest interrupted run of a replay that saved how far it was."""
+    for run_id in find_interrupted(names.MAGIC, fingerprint):
+        saved = load_replay(Workspace.of(run_id).folder / RESUME, setup.device)
+        if saved is not None:
+            return run_id, saved
+    return None, None
 
 
 def matching_training(problem: Problem) -> str | None:
@@ -171,46 +191,74 @@ def _magic(
     targets: Sequence[Target],
     train_run_id: str,
     run: StageRun,
+    saved: SavedReplay | None = None,
 ) -> None:
     config = problem.config
     log_problem(problem, run)
     exact = config.replay.exact
     run.tag({names.EXACT: str(exact).lower()})
+    # A resumed replay keeps the first choice, which is logged already.
     mode = choose_mode(config.replay.mode, setup, recording)
-    run.params({"replay_mode_used": mode, "targets_count": len(targets)})
+    run.params({"targets_count": len(targets)} | ({} if run.resumed else {"replay_mode_used": mode}))
     values = _measurements(setup, recording, targets)
-    adjoint = StepAdjoint(setup.step, config.replay)
-    total = ScoreSum(targets, problem.data.num_train)
-    absolute = np.zeros((len(targets), recording.trace.steps))
-    with tempfile.TemporaryDirectory(prefix="tracked-replay-magic-") as folder, tempfile.TemporaryDirectory() as aside:
-        root, per_step_root = Path(folder), Path(folder) if config.replay.per_step else Path(aside)
+    total = ScoreSum(targets, problem.data.num_train, recording.trace.steps)
+    workspace = Workspace.of(run.run_id)
+    with tempfile.TemporaryDirectory(prefix="tracked-replay-magic-") as folder, workspace.opened(RESUME) as aside:
+        root = Path(folder)
         write_text(root / CONFIG, config.to_toml())
-        per_step = PerStepWriter(per_step_root, targets)
-        started = time.perf_counter()
-        logger.info("replaying %d steps for %d targets (%s mode)", recording.trace.steps, len(targets), mode)
-        steps = replay(setup, recording, targets, adjoint, mode)
-        for step in progress(steps, recording.trace.steps, f"replay ({mode})"):
-            total.add(step)
-            per_step.add(step)
-            absolute[:, step.step] = np.abs(step.scores).sum(axis=1)
-        per_step.flush()
-        run.metric("replay/seconds", time.perf_counter() - started)
+        adjoint = StepAdjoint(setup.step, config.replay)
+        _replay(setup, recording, targets, adjoint, mode, total, aside, saved, run)
         labels = problem.data.train.labels.cpu().numpy()
         write_influence(root, influence_table(targets, total.scores, labels))
         write_json(root / TARGETS, [target.to_json_dict() | {"measurement": value} for target, value in values])
-        for t, value in enumerate(absolute.mean(axis=0)):
+        for t, value in enumerate(total.absolute.mean(axis=0)):
             run.metric("influence/absolute_sum_of_step", value, t)
         if not exact:
             for name, count in dataclasses.asdict(adjoint.clips).items():
                 run.metric(f"clip/steps_{name}", count)
-        _figures(root, per_step_root, problem, recording, values, total.scores, absolute)
+        _figures(root, aside, problem, recording, values, total)
         for place, (target, _) in enumerate(values[:FIGURES]):
             if len(target.indices) == 1:
                 picture = problem.task.draw(problem.data.evaluation.inputs[target.indices[0]])
                 run.image(picture, key="targets", step=place)
         run.table(_top_examples(problem, targets, total.scores), "tables/top_examples.json")
         run.describe(_description(problem, targets, train_run_id, mode, exact))
+        if config.replay.per_step:
+            shutil.copytree(aside / PER_STEP, root / PER_STEP)
         publish(run, root)
+        shutil.rmtree(aside)
+
+
+def _replay(
+    setup: TrainingSetup,
+    recording: Recording,
+    targets: Sequence[Target],
+    adjoint: StepAdjoint,
+    mode: str,
+    total: ScoreSum,
+    aside: Path,
+    saved: SavedReplay | None,
+    run: StageRun,
+) -> None:
+    """Fill ``total``, and ``aside`` with the scores of each step; save now and then how far it is."""
+    steps, done = recording.trace.steps, 0
+    per_step = PerStepWriter(aside, targets)
+    position = None
+    if saved is not None:
+        saved.restore(total, per_step, adjoint.clips)
+        position, done = (saved.step, saved.cotangents), steps - saved.step
+        logger.info("going on at step %d of an interrupted replay, run %s", saved.step, run.run_id)
+    started = last_saved = time.perf_counter()
+    logger.info("replaying %d steps for %d targets (%s mode)", steps - done, len(targets), mode)
+    replay = Replay(setup, recording, targets, adjoint, mode, position)
+    for step in progress(replay, steps, f"replay ({mode})", done=done):
+        total.add(step)
+        per_step.add(step)
+        if time.perf_counter() - last_saved >= SECONDS_BETWEEN_SAVES:
+            save_replay(aside, replay, total, per_step, adjoint.clips)
+            last_saved = time.perf_counter()
+    per_step.flush()
+    run.metric("replay/seconds", time.perf_counter() - started)
 
 
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
@@ -273,10 +321,9 @@ def _figures(
     problem: Problem,
     recording: Recording,
     values: Sequence[tuple[Target, float]],
-    scores: np.ndarray,
-    absolute: np.ndarray,
+    total: ScoreSum,
 ) -> None:
-    data, trace = problem.data, recording.trace
+    data, trace, scores = problem.data, recording.trace, total.scores
     steps = np.arange(trace.steps)
     targets = [target for target, _ in values]
     if len(targets) > FIGURES:
@@ -318,7 +365,7 @@ def _figures(
         save_figure(root, f"target-{file}-over-training", figure)
     histogram = {target.name: found for target, found in zip(targets, scores, strict=True)}
     save_figure(root, "score-histogram", report.score_histogram_figure(histogram, "Influence scores"))
-    share = report.influence_share_over_training_figure(absolute, [target.name for target in targets], steps)
+    share = report.influence_share_over_training_figure(total.absolute, [target.name for target in targets], steps)
     save_figure(root, "influence-share-over-training", share)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +12,18 @@ import torch
 
 from tracked_replay import report
 from tracked_replay.config import Config
+from tracked_replay.determinism import derive_component_seed, deterministic_context
 from tracked_replay.errors import RecordingError
 from tracked_replay.progress import progress
-from tracked_replay.recording import Recorder, Recording, write_json
+from tracked_replay.recording import Recorder, Recording, Unfinished, find_unfinished, write_json
 from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.tasks import BUILT_IN_TASKS
 from tracked_replay.tracking import (
     StageRun,
+    Workspace,
     artifacts_of,
     find_finished,
+    find_interrupted,
     names,
     point_to,
     resolve,
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 SECTIONS = ("seed", "data", "model", "train", "record")
 TASK_COPY = "config/task"
 DATA = "config/data.json"
+ACCURACY = "epoch/evaluation_accuracy"
 
 
 class Outcome(NamedTuple):
@@ -50,13 +53,13 @@ class Outcome(NamedTuple):
 
 
 def train_stage(problem: Problem, *, force: bool = False, may_point: bool = False) -> Outcome:
-    """Train and record, or find the FINISHED run with the same fingerprint.
+    """Train and record, or find the FINISHED run with the same fingerprint, or go on with an interrupted one.
 
     Args:
         problem: config, task and data.
-        force: train even where there is such a run.
+        force: train from the start even where there is such a run.
         may_point: whether this is the stage that was asked for, so that under ``mlflow run`` the run that MLflow made
-            points to the one that is reused.
+            points to the one that is reused or gone on with.
 
     Raises:
         TrackedReplayError: naming what was wrong; the run is then FAILED.
@@ -72,9 +75,21 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
     with task_errors(problem.config):
         # Made before the run starts: a device that is not there or a batch that is too large leaves no run behind.
         setup = set_up(problem.config, problem.task, problem.data)
-        with stage_run(names.TRAIN, fingerprint, title, {}) as run:
-            _train(problem, setup, run)
-            return Outcome(run.run_id, reused=False)
+        resume, unfinished = (None, None) if force else _interrupted(fingerprint)
+        with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:
+            _train(problem, setup, run, unfinished)
+        if resume is not None and may_point:
+            point_to(names.TRAIN, resume, title, {})
+        return Outcome(run.run_id, reused=False)
+
+
+def _interrupted(fingerprint: str) -> tuple[str | None, Unfinished | None]:
+    """The newest interrupted run of a training that has a state to go on from."""
+    for run_id in find_interrupted(names.TRAIN, fingerprint):
+        unfinished = find_unfinished(Workspace.of(run_id).folder)
+        if unfinished is not None:
+            return run_id, unfinished
+    return None, None
 
 
 def open_recording(run_id: str) -> Recording:
@@ -86,36 +101,70 @@ def open_recording(run_id: str) -> Recording:
     return Recording(artifacts_of(run.info.run_id), identity)
 
 
-def _train(problem: Problem, setup: TrainingSetup, run: StageRun) -> None:
-    config, plan = problem.config, setup.plan
-    logger.info("training %d steps of %d examples, run %s", plan.steps, config.train.batch_size, run.run_id)
+def _train(problem: Problem, setup: TrainingSetup, run: StageRun, unfinished: Unfinished | None) -> None:
+    plan = setup.plan
+    state = setup.initial if unfinished is None else unfinished.state.to(setup.device)
+    how = "training" if unfinished is None else f"going on at step {state.step} of an interrupted training of"
+    logger.info("%s %d steps of %d examples, run %s", how, plan.steps, problem.config.train.batch_size, run.run_id)
     log_problem(problem, run)
-    losses = np.empty(plan.steps)
-    accuracies: list[tuple[int, float]] = []
-    with tempfile.TemporaryDirectory(prefix="tracked-replay-train-") as folder:
-        root = Path(folder)
+    workspace = Workspace.of(run.run_id)
+    curves = _Curves(problem, setup, run)
+    with workspace.opened() as root, Recorder(root, setup, unfinished) as recorder:
         _describe_data(problem, root)
-        with Recorder(root, setup) as recorder:
-            state = setup.initial
-            for record in progress(train(setup), plan.steps, "train"):
-                recorder.add(record)
-                state, t = record.after, record.before.step
-                losses[t] = record.loss
-                run.metric("train/loss", record.loss, t)
-                for group, rate in zip(setup.step.groups, record.learning_rates, strict=True):
-                    run.metric(f"lr/{group.name}", rate, t)
-                if t + 1 == plan.steps or plan.epochs[t + 1] != record.epoch:
-                    last = t + 1 == plan.steps
-                    run.metric("epoch/train_loss", losses[plan.epochs == record.epoch].mean(), record.epoch)
-                    every = config.record.evaluate_every
-                    if last or (every and (record.epoch + 1) % every == 0):
-                        accuracy = _evaluate(setup, state, run, record.epoch)
-                        accuracies += [] if accuracy is None else [(state.step, accuracy)]
-                    run.flush()
-            identity = recorder.finish(state)
-        run.tag({names.DIGESTS: identity})
-        _figure(root, setup, losses, accuracies)
-        run.artifacts(root)
+        for row in () if unfinished is None else unfinished.rows:
+            curves.step(row.step, row.loss)
+        curves.end_of_epoch(state)
+        for record in progress(train(setup, start=state), plan.steps, "train", done=state.step):
+            recorder.add(record)
+            state = record.after
+            curves.step(record.before.step, record.loss)
+            curves.end_of_epoch(state)
+        _figure(root, setup, curves)
+        identity = recorder.finish(state)
+    run.tag({names.DIGESTS: identity})
+    workspace.publish()
+
+
+class _Curves:
+    """The metrics of a training, step by step and epoch by epoch."""
+
+    def __init__(self, problem: Problem, setup: TrainingSetup, run: StageRun) -> None:
+        self._problem, self._setup, self._run = problem, setup, run
+        self.losses = np.empty(setup.plan.steps)
+        self.accuracies: dict[int, float] = run.history(ACCURACY) if run.resumed else {}
+
+    def step(self, t: int, loss: float) -> None:
+        """Note the loss and the learning rates of a step."""
+        self.losses[t] = loss
+        self._run.metric("train/loss", loss, t)
+        for group, rate in zip(self._setup.step.groups, self._setup.plan.learning_rates[t], strict=True):
+            self._run.metric(f"lr/{group.name}", rate, t)
+
+    def end_of_epoch(self, state: State) -> None:
+        """Evaluate and send the metrics, if the state is the last of an epoch."""
+        epochs, t = self._setup.plan.epochs, state.step
+        last = t == len(epochs)
+        if t == 0 or not (last or epochs[t] != epochs[t - 1]):
+            return
+        epoch = int(epochs[t - 1])
+        # An interruption may have lost the metrics of earlier ones.
+        for past in range(0 if self._run.resumed else epoch, epoch + 1):
+            self._run.metric("epoch/train_loss", self.losses[epochs == past].mean(), past)
+        every = self._problem.config.record.evaluate_every
+        if last or (every and (epoch + 1) % every == 0):
+            self._evaluate(state, epoch)
+        self._run.flush()
+
+    def _evaluate(self, state: State, epoch: int) -> None:
+        # On a seed of its own: a model that draws numbers when it is evaluated does not change the training.
+        seed = derive_component_seed(self._problem.config.seed, "evaluation", epoch)
+        with deterministic_context(seed, "evaluation"):
+            evaluation = evaluate(self._setup, state)
+        self._run.metric("epoch/evaluation_measurement", float(evaluation.measurements.mean()), epoch)
+        accuracy = evaluation.accuracy(self._setup.data.evaluation.labels)
+        if accuracy is not None:
+            self._run.metric(ACCURACY, accuracy, epoch)
+            self.accuracies[epoch] = accuracy
 
 
 def log_problem(problem: Problem, run: StageRun) -> None:
@@ -139,15 +188,6 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
 
 
-def _evaluate(setup: TrainingSetup, state: State, run: StageRun, epoch: int) -> float | None:
-    evaluation = evaluate(setup, state)
-    run.metric("epoch/evaluation_measurement", float(evaluation.measurements.mean()), epoch)
-    accuracy = evaluation.accuracy(setup.data.evaluation.labels)
-    if accuracy is not None:
-        run.metric("epoch/evaluation_accuracy", accuracy, epoch)
-    return accuracy
-
-
 def _describe_data(problem: Problem, root: Path) -> None:
     """Keep the data's identity and, of a user's own task, the files, so that the run can be understood later."""
     data = problem.data
@@ -162,17 +202,24 @@ def _describe_data(problem: Problem, root: Path) -> None:
     write_json(root / DATA, content)
     if problem.config.data.task in BUILT_IN_TASKS:
         return
+    shutil.rmtree(root / TASK_COPY, ignore_errors=True)
     (root / TASK_COPY).mkdir(parents=True)
     for place, path in enumerate(problem.task.source_files()):
         copy = root / TASK_COPY / path.name
         shutil.copyfile(path, copy if not copy.exists() else copy.with_name(f"{place}-{path.name}"))
 
 
-def _figure(root: Path, setup: TrainingSetup, losses: np.ndarray, accuracies: list[tuple[int, float]]) -> None:
+def _figure(root: Path, setup: TrainingSetup, curves: _Curves) -> None:
     plan = setup.plan
-    ends = [step - 1 for step, _ in accuracies] or np.flatnonzero(np.diff(plan.epochs, append=plan.epochs[-1] + 1))
-    values = [accuracy for _, accuracy in accuracies] or None
-    figure = report.training_figure(np.arange(plan.steps), losses, plan.learning_rates, ends, values)
+    ends = np.flatnonzero(np.diff(plan.epochs, append=plan.epochs[-1] + 1))  # the last step of each epoch
+    evaluated = sorted(curves.accuracies)
+    figure = report.training_figure(
+        np.arange(plan.steps),
+        curves.losses,
+        plan.learning_rates,
+        ends[evaluated] if evaluated else ends,
+        [curves.accuracies[epoch] for epoch in evaluated] or None,
+    )
     save_figure(root, "training", figure)
 
 

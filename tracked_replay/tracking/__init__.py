@@ -1,12 +1,14 @@
 """The only place that knows MLflow: a stage as a run, lineage, artifacts, lookup by fingerprint."""
 
 from tracked_replay.tracking import names
+from tracked_replay.tracking.artifacts import Workspace
 from tracked_replay.tracking.children import FinishedChild, finished_children, record_child
 from tracked_replay.tracking.fingerprint import code_digest, fingerprint
 from tracked_replay.tracking.runs import (
     StageRun,
     artifacts_of,
     find_finished,
+    find_interrupted,
     input_by_id,
     input_of,
     point_to,
@@ -21,9 +23,11 @@ from tracked_replay.tracking.runs import (
 __all__ = [
     "FinishedChild",
     "StageRun",
+    "Workspace",
     "artifacts_of",
     "code_digest",
     "find_finished",
+    "find_interrupted",
     "fingerprint",
     "finished_children",
     "input_by_id",

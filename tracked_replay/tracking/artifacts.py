@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mlflow.artifacts import download_artifacts
@@ -14,14 +16,68 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from tracked_replay.errors import RecordingError
+from tracked_replay.errors import RecordingError, TrackedReplayError
 from tracked_replay.recording import Fetch
+
+CACHE = "TRACKED_REPLAY_CACHE"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder that a run's artifacts are written to while it goes on, and that outlives an interruption.
+
+    Attributes:
+        run_id: the run.
+        folder: the run's own artifact folder where the store is a folder here, else one in this user's cache.
+        in_place: whether it is the run's artifact folder.
+    """
+
+    run_id: str
+    folder: Path
+    in_place: bool
+
+    @classmethod
+    def of(cls, run_id: str) -> Workspace:
+        """The workspace of a run; its folder need not be there yet."""
+        local = _local_folder(MlflowClient(), run_id)
+        return cls(run_id, local or cache_folder() / "runs" / run_id, local is not None)
+
+    @contextmanager
+    def opened(self, name: str = "") -> Iterator[Path]:
+        """A folder in it, made here; an interruption leaves it to be gone on from, an error of ours removes it.
+
+        Args:
+            name: of the folder; the whole workspace where it is empty.
+        """
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder
+        except TrackedReplayError:
+            shutil.rmtree(folder)  # it would come again at the same step, so nothing is half there for nothing
+            raise
+
+    def publish(self) -> None:
+        """Make what is in the folder the run's artifacts."""
+        if not self.in_place:
+            MlflowClient().log_artifacts(self.run_id, str(self.folder))
+            shutil.rmtree(self.folder)
+
+
+def cache_folder() -> Path:
+    """``$TRACKED_REPLAY_CACHE``, else the folder for this user's caches."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get(CACHE) or Path(base) / "tracked-replay").expanduser()
+
+
+def _local_folder(client: MlflowClient, run_id: str) -> Path | None:
+    uri = client.get_run(run_id).info.artifact_uri
+    return Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None
 
 
 def artifact_source(client: MlflowClient, run_id: str) -> Fetch:
     """Opens a run's artifacts by path; a fetched copy is deleted when its context closes."""
-    uri = client.get_run(run_id).info.artifact_uri
-    local = Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None
+    local = _local_folder(client, run_id)
 
     @contextmanager
     def fetch(name: str) -> Iterator[Path]:

@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
 PARAMS_PER_CALL = 100
+CANDIDATES = 20  # interrupted runs that are looked at
 RUN_ID_FORM = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)  # what MLflow itself takes
 
 
@@ -43,14 +44,22 @@ class StageRun:
         run_id: its ID.
         fingerprint: identity of its result; a stage that only knows its inputs later sets it before it ends.
         reusable: whether a later stage may take the result for its own; a stage with parts missing says no.
+        resumed: whether it goes on from an interruption; metrics that were logged before are then not logged again.
     """
 
-    def __init__(self, run_id: str, fingerprint: str | None = None) -> None:
+    def __init__(self, run_id: str, fingerprint: str | None = None, *, resumed: bool = False) -> None:
         self.run_id = run_id
         self.fingerprint = fingerprint
         self.reusable = True
+        self.resumed = resumed
         self._client = MlflowClient()
         self._metrics: list[Metric] = []
+        self._logged: dict[str, int] = {}
+
+    def identify(self, fingerprint: str) -> None:
+        """Say what the result will be, once all inputs are known."""
+        self.fingerprint = fingerprint
+        self.tag({names.PENDING: fingerprint})
 
     def tag(self, values: Mapping[str, str]) -> None:
         """Set tags."""
@@ -64,7 +73,20 @@ class StageRun:
 
     def metric(self, name: str, value: float, step: int = 0) -> None:
         """Note a metric; it is sent by :meth:`flush` (collecting makes a metric some hundred times cheaper)."""
+        if self.resumed:
+            if step <= self._last_logged(name):
+                return
+            self._logged[name] = step
         self._metrics.append(Metric(name, float(value), get_current_time_millis(), step))
+
+    def history(self, name: str) -> dict[int, float]:
+        """Values of a metric by step, as far as they were sent."""
+        return {row.step: row.value for row in self._client.get_metric_history(self.run_id, name)}
+
+    def _last_logged(self, name: str) -> int:
+        if name not in self._logged:
+            self._logged[name] = max(self.history(name), default=-1)
+        return self._logged[name]
 
     def flush(self) -> None:
         """Send the metrics noted so far."""
@@ -103,7 +125,9 @@ class StageRun:
 
 
 @contextmanager
-def stage_run(stage: str, fingerprint: str | None, name: str, inputs: Mapping[str, str]) -> Iterator[StageRun]:
+def stage_run(
+    stage: str, fingerprint: str | None, name: str, inputs: Mapping[str, str], resume: str | None = None
+) -> Iterator[StageRun]:
     """Start a stage's run, nested where another stage's run is active.
 
     Under ``mlflow run`` the first stage takes over the run that MLflow made. The run ends FINISHED, FAILED on an
@@ -115,15 +139,18 @@ def stage_run(stage: str, fingerprint: str | None, name: str, inputs: Mapping[st
         fingerprint: identity of its result.
         name: shown in the UI.
         inputs: upstream run IDs by parameter name.
+        resume: an interrupted run of the stage that is gone on with, instead of a new one.
     """
-    nested = mlflow.active_run() is not None
+    parent = mlflow.active_run()
     close_abandoned(active_experiment())
     with _termination_as_interrupt():
-        run = mlflow.start_run(nested=nested, log_system_metrics=True)
+        run = mlflow.start_run(run_id=resume, nested=parent is not None, log_system_metrics=True)
         status = "FAILED"
         try:
-            stage_run = StageRun(run.info.run_id, fingerprint)
+            stage_run = StageRun(run.info.run_id, fingerprint, resumed=resume is not None)
             tags = {MLFLOW_RUN_NAME: name, names.STAGE: stage, names.PROCESS: this_process()}
+            tags |= {names.PENDING: fingerprint} if fingerprint else {}
+            tags |= {MLFLOW_PARENT_RUN_ID: parent.info.run_id} if resume and parent else {}
             stage_run.tag(tags | {f"{names.INPUT}{key}": value for key, value in inputs.items()})
             yield stage_run
             stage_run.flush()
@@ -185,6 +212,19 @@ def find_finished(stage: str, fingerprint: str) -> str | None:
         max_results=1,
     )
     return str(found[0].info.run_id) if found else None
+
+
+def find_interrupted(stage: str, fingerprint: str) -> Sequence[str]:
+    """IDs of the runs that were to have a fingerprint but did not finish, newest first; none that still goes on."""
+    experiment = active_experiment()
+    close_abandoned(experiment)
+    found = MlflowClient().search_runs(
+        [experiment],
+        filter_string=f"tags.`{names.PENDING}` = '{fingerprint}' and tags.`{names.STAGE}` = '{stage}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=CANDIDATES,
+    )
+    return [str(run.info.run_id) for run in found if run.info.status in ("FAILED", "KILLED")]
 
 
 def resolve(run_id: str, stage: str, parameter: str) -> Run:

@@ -61,6 +61,10 @@ class TrainingSetup:
     seeds: SeedDerivations
     device: torch.device
 
+    def batch(self, t: int) -> Batch:
+        """The batch of step ``t``, as every taking of that step sees it."""
+        return self.data.batch(torch.from_numpy(self.plan.indices[t]), int(self.plan.epochs[t]))
+
     def take(self, state: State, weights: Tensor | None = None) -> tuple[StepResult, Batch]:
         """Take step ``state.step`` of the plan.
 
@@ -72,8 +76,7 @@ class TrainingSetup:
             The next state with the loss, and the batch that the step saw.
         """
         t = state.step
-        indices = torch.from_numpy(self.plan.indices[t])
-        batch = self.data.batch(indices, int(self.plan.epochs[t]))
+        batch = self.batch(t)
         chosen = None if weights is None else weights[batch.indices.to(weights.device)]
         return self.step(state, batch.inputs, batch.labels, self.plan.learning_rates[t].tolist(), chosen), batch
 
@@ -103,7 +106,7 @@ class StepRecord(NamedTuple):
 
 
 def set_up(config: Config, task: Task, data: TaskData | None = None) -> TrainingSetup:
-    """Pin the process (seeds, threads, deterministic kernels), make the initial state and the plan.
+    """Pin the process as far as ``train.reproducibility`` says, make the initial state and the plan.
 
     Args:
         config: resolved config.
@@ -114,7 +117,7 @@ def set_up(config: Config, task: Task, data: TaskData | None = None) -> Training
         ConfigError: the device is not there, or a batch is larger than the training set.
     """
     device = _device(config)
-    set_global_deterministic_state(config.seed, config.train.threads)
+    set_global_deterministic_state(config.seed, config.train.threads, config.train.reproducibility)
     data = (data or TaskData(task, config)).to(device)
     seeds = SeedDerivations(config.seed)
     seeds.derive("model", SHARED_INSTANCE)
@@ -154,6 +157,8 @@ def _plan(config: Config, num_train: int, seeds: SeedDerivations, groups: tuple)
     if config.data.augmentation != "none":
         for epoch in range(config.train.epochs):
             seeds.derive("augmentation", epoch)
+    for epoch in range(config.train.epochs):
+        seeds.derive("evaluation", epoch)
     for step in range(config.train.epochs * per_epoch):
         seeds.derive("step", step)
     return TrainingPlan(
