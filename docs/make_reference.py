@@ -19,6 +19,7 @@ import tracked_replay as tr
 from tracked_replay import errors
 from tracked_replay.cli import STAGES
 from tracked_replay.config import Config, allowed, field_info, field_names, preset_names
+from tracked_replay.stages.parameters import fields_of
 from tracked_replay.tracking import names
 
 TARGET = Path(__file__).parent / "reference.md"
@@ -103,7 +104,7 @@ def _entry_points() -> list[str]:
     for stage, (model, _) in STAGES.items():
         lines += [f"### `{stage}`", "", _text(model.__doc__), ""]
         lines += _row("parameter", "takes", "default", "meaning", "example") + _row(*["---"] * 5)
-        for field, info in model.model_fields.items():
+        for field, info in fields_of(model).items():
             example = f"`{info.examples[0]}`" if info.examples else ""
             shown = f"`{str(info.default).lower() if isinstance(info.default, bool) else info.default}`"
             lines += _row(

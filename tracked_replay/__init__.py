@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracked_replay.config import Config
+    from tracked_replay.determinism import verify_reproducibility
     from tracked_replay.errors import TrackedReplayError
+    from tracked_replay.stages.compare import compare
     from tracked_replay.stages.counterfactual import counterfactual
     from tracked_replay.stages.influence import load_scores
     from tracked_replay.stages.lds import run_lds as lds
     from tracked_replay.stages.magic import run_magic as magic
+    from tracked_replay.stages.reproduce import reproduce
     from tracked_replay.stages.train import run_train as train
     from tracked_replay.tasks import Examples, Task
 
@@ -31,11 +34,14 @@ _PUBLIC = {
     "Examples": ("tracked_replay.tasks", "Examples"),
     "Task": ("tracked_replay.tasks", "Task"),
     "TrackedReplayError": ("tracked_replay.errors", "TrackedReplayError"),
+    "compare": ("tracked_replay.stages.compare", "compare"),
     "counterfactual": ("tracked_replay.stages.counterfactual", "counterfactual"),
     "lds": ("tracked_replay.stages.lds", "run_lds"),
     "load_scores": ("tracked_replay.stages.influence", "load_scores"),
     "magic": ("tracked_replay.stages.magic", "run_magic"),
+    "reproduce": ("tracked_replay.stages.reproduce", "reproduce"),
     "train": ("tracked_replay.stages.train", "run_train"),
+    "verify_reproducibility": ("tracked_replay.determinism", "verify_reproducibility"),
 }
 
 __all__ = [
@@ -44,11 +50,14 @@ __all__ = [
     "Task",
     "TrackedReplayError",
     "__version__",
+    "compare",
     "counterfactual",
     "lds",
     "load_scores",
     "magic",
+    "reproduce",
     "train",
+    "verify_reproducibility",
 ]
 
 

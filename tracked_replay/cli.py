@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,16 +14,21 @@ import click
 
 from tracked_replay import __version__
 from tracked_replay.config import parse_overrides
-from tracked_replay.errors import ConfigError, TrackedReplayError
+from tracked_replay.errors import ConfigError, ReplayError, TrackedReplayError
 from tracked_replay.stages.parameters import (
+    CleanParameters,
+    CommonParameters,
+    CompareParameters,
     CounterfactualParameters,
     LdsParameters,
     MagicParameters,
     MainParameters,
+    ReproduceParameters,
     ShowConfigParameters,
     StageParameters,
     TrainParameters,
     VerifyParameters,
+    fields_of,
     parse,
 )
 
@@ -121,16 +127,104 @@ def _main(parameters: MainParameters) -> None:
 
 
 def _verify(parameters: VerifyParameters) -> None:
+    if parameters.iterations:
+        _self_test(parameters)
+        return
+    if parameters.certificate:
+        from tracked_replay.stages.reproduce import run_check_certificate
+
+        for name in run_check_certificate(parameters.certificate, parameters.train_run_id):
+            click.echo(f"holds: {name}")
+        click.echo("the certificate holds")
+        return
     if not parameters.train_run_id:
-        raise ConfigError("train_run_id: nothing was given; allowed: a finished run of stage 'train'")
-    _require_no_seed(parameters, parameters.train_run_id)
+        raise ConfigError(
+            "train_run_id: nothing was given; allowed: a finished run of stage 'train', or certificate, or iterations"
+        )
     from tracked_replay.stages.verify import run_verify
 
     run_id = run_verify(
-        parameters.train_run_id, overrides=parse_overrides(parameters.set), data_root=parameters.data_root or None
+        parameters.train_run_id,
+        overrides=parse_overrides(parameters.set),
+        data_root=parameters.data_root or None,
+        seed=_whole("seed", parameters.seed, least=0) if parameters.seed else None,
     )
     click.echo("all checks passed")
     _closing("verify run", run_id, f"tracked-replay magic --train-run-id {parameters.train_run_id} --targets 0-7")
+
+
+def _self_test(parameters: VerifyParameters) -> None:
+    if parameters.train_run_id or parameters.certificate:
+        raise ConfigError("iterations: is about this machine alone; allowed: without train_run_id and certificate")
+    iterations = _whole("iterations", parameters.iterations, least=2)
+    from tracked_replay.determinism import verify_reproducibility
+
+    found = verify_reproducibility(iterations)
+    if not found:
+        raise ReplayError(f"this machine does not repeat a training bit for bit: {found.difference}")
+    click.echo(
+        f"{found.iterations} iterations and a fresh process agree bit for bit "
+        f"({', '.join(found.devices)}, {found.threads} threads, {found.seconds:.1f} s)"
+    )
+
+
+def _whole(name: str, text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ConfigError(f"{name}: found {text!r}; allowed: integer >= {least}")
+    return value
+
+
+def _compare(parameters: CompareParameters) -> None:
+    with _incomparable():
+        max_ulp = _whole("max_ulp", parameters.max_ulp, least=0)
+        from tracked_replay.stages.compare import run_compare
+
+        compared = run_compare(
+            parameters.run_a,
+            parameters.run_b,
+            max_ulp=max_ulp,
+            ignore=[part.strip() for part in parameters.ignore.split(",") if part.strip()],
+            data_root=parameters.data_root or None,
+            output=parameters.output or None,
+        )
+    click.echo(compared.text)
+    if compared.run_id is not None:
+        _closing("compare run", compared.run_id, f"tracked-replay reproduce --run-id {compared.names[0]}")
+    sys.exit(compared.exit_code)
+
+
+def _reproduce(parameters: ReproduceParameters) -> None:
+    with _incomparable():
+        from tracked_replay.stages.reproduce import run_reproduce
+
+        reproduced = run_reproduce(parameters.run_id, data_root=parameters.data_root or None)
+    click.echo(reproduced.compared.text)
+    _closing("reproduce run", reproduced.run_id, f"tracked-replay verify --certificate {reproduced.run_id}")
+    sys.exit(reproduced.compared.exit_code)
+
+
+@contextmanager
+def _incomparable() -> Iterator[None]:
+    """Exit code 2 for what keeps two runs from being compared."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        logger.debug("where the error comes from:", exc_info=True)
+        _fail(str(error), 2)
+
+
+def _clean(parameters: CleanParameters) -> None:
+    from tracked_replay.stages.clean import describe, run_clean
+
+    click.echo(
+        describe(run_clean(parameters.run_id, parameters.what, dry_run=parameters.dry_run, force=parameters.force))
+    )
 
 
 def _counterfactual(parameters: CounterfactualParameters) -> None:
@@ -156,12 +250,15 @@ def _counterfactual(parameters: CounterfactualParameters) -> None:
     _closing("counterfactual run", run_id, f"tracked-replay lds --magic-run-id {input_by_id(run_id, 'magic_run_id')}")
 
 
-STAGES: dict[str, tuple[type[StageParameters], Callable[[Any], None]]] = {
+STAGES: dict[str, tuple[type[CommonParameters], Callable[[Any], None]]] = {
     "train": (TrainParameters, _train),
     "magic": (MagicParameters, _magic),
     "lds": (LdsParameters, _lds),
     "counterfactual": (CounterfactualParameters, _counterfactual),
+    "compare": (CompareParameters, _compare),
+    "reproduce": (ReproduceParameters, _reproduce),
     "verify": (VerifyParameters, _verify),
+    "clean": (CleanParameters, _clean),
     "main": (MainParameters, _main),
     "show_config": (ShowConfigParameters, _show_config),
 }
@@ -175,9 +272,9 @@ def _closing(what: str, run_id: str, next_command: str) -> None:
     click.echo(f"next:        {next_command}")
 
 
-def _command(name: str, model: type[StageParameters], run: Callable[[Any], None]) -> click.Command:
+def _command(name: str, model: type[CommonParameters], run: Callable[[Any], None]) -> click.Command:
     options: list[click.Parameter] = []
-    for field, info in model.model_fields.items():
+    for field, info in fields_of(model).items():
         option = "--" + field.replace("_", "-")
         # Also with underscores, as in MLproject, so that a parameter copied from there works.
         declarations = [field, *dict.fromkeys([option, f"--{field}"])]
@@ -211,7 +308,7 @@ for _name, (_model, _run) in STAGES.items():
     cli.add_command(_command(_name, _model, _run))
 
 
-def _configure_logging(parameters: StageParameters) -> None:
+def _configure_logging(parameters: CommonParameters) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if parameters.log_file:
         try:

@@ -1,6 +1,7 @@
 """What a training run leaves behind, as plain files: trace, checkpoints, seeds, generator states, digests."""
 
 from tracked_replay.recording.checkpoints import Checkpoint, read_checkpoint, read_manifest, write_checkpoint
+from tracked_replay.recording.expectations import require_expected, restore_generators
 from tracked_replay.recording.files import file_sha256, state_digest, write_aside, write_json, write_text
 from tracked_replay.recording.journal import Unfinished, find_unfinished
 from tracked_replay.recording.reader import Fetch, Recording, folder_source
@@ -20,6 +21,8 @@ __all__ = [
     "read_checkpoint",
     "read_manifest",
     "read_trace",
+    "require_expected",
+    "restore_generators",
     "state_digest",
     "write_aside",
     "write_checkpoint",

@@ -1,5 +1,6 @@
 """Text from outside (labels, names of targets) as it may stand in a figure: literal, short, every character visible."""
 
+import re
 import unicodedata
 from functools import cache
 
@@ -87,3 +88,8 @@ def compact(value: float, _position: int | None = None) -> str:
     """Return a number for an axis, three digits, with a real minus sign; usable as a tick formatter."""
     text = f"{value + 0.0:.3g}"  # + 0.0 makes 0 of −0
     return text.replace("-", _MINUS, 1) if value < 0 else text
+
+
+def markdown_text(text: str) -> str:
+    """Return ``text`` so that Markdown shows it literally."""
+    return re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from tracked_replay.config import Config, parse_overrides
 from tracked_replay.errors import ConfigError
@@ -16,26 +17,12 @@ TARGETS = "0"  # what influence is asked on where nothing is said
 LDS_TARGETS = "0-7"
 
 
-class StageParameters(BaseModel):
-    """Parameters that every stage takes."""
+class CommonParameters(BaseModel):
+    """Parameters that every entry point takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    example: ClassVar[str] = "--set train.epochs=3,train.batch_size=64"
+    example: ClassVar[str] = ""
 
-    preset: str = Field(
-        default="digits",
-        description="digits, cifar10-small, cifar10, or the path of a TOML file of that form",
-        examples=["cifar10-small"],
-    )
-    seed: str = Field(default="", description="master seed; empty: the preset's", examples=["7"])
-    data_root: str = Field(
-        default="", description="folder that holds the data set; empty: the preset's", examples=["data"]
-    )
-    set: str = Field(
-        default="",
-        description="changes of config fields, name=value joined by commas; show_config lists them",
-        examples=["train.epochs=3,train.batch_size=64"],
-    )
     force: bool = Field(default=False, description="compute even where a finished run has the same fingerprint")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least severe messages that are shown"
@@ -51,6 +38,29 @@ class StageParameters(BaseModel):
     @classmethod
     def _upper(cls, value: object) -> object:
         return (value.upper() or "INFO") if isinstance(value, str) else value
+
+
+DATA_ROOT = Field(default="", description="folder that holds the data set; empty: the preset's", examples=["data"])
+RECORDED_DATA_ROOT = Field(default="", description="where the data are now; empty: as recorded", examples=["data"])
+
+
+class StageParameters(CommonParameters):
+    """Parameters of a stage that resolves a config."""
+
+    example: ClassVar[str] = "--set train.epochs=3,train.batch_size=64"
+
+    preset: str = Field(
+        default="digits",
+        description="digits, cifar10-small, cifar10, or the path of a TOML file of that form",
+        examples=["cifar10-small"],
+    )
+    seed: str = Field(default="", description="master seed; empty: the preset's", examples=["7"])
+    data_root: str = DATA_ROOT
+    set: str = Field(
+        default="",
+        description="changes of config fields, name=value joined by commas; show_config lists them",
+        examples=["train.epochs=3,train.batch_size=64"],
+    )
 
     @field_validator("preset", mode="before")
     @classmethod
@@ -145,11 +155,78 @@ class MainParameters(LdsParameters):
 
 
 class VerifyParameters(StageParameters):
-    """Check a recorded run: order, trace, weights, initial model, config, digests, and a retraining."""
+    """Check a recorded run: order, trace, weights, initial model, config, digests, and a retraining.
+
+    Or check a certificate of reproduction, or, with nothing but iterations, that this machine repeats every bit.
+    """
 
     example: ClassVar[str] = "--train-run-id RUN_ID"
 
+    seed: str = Field(default="", description="master seed that the run must have; empty: any", examples=["7"])
     train_run_id: str = Field(default="", description="the finished train run to check", examples=["4f0c…"])
+    certificate: str = Field(
+        default="",
+        description="a certificate to check without training: its file, or the reproduce run that made it",
+        examples=["certificate.json"],
+    )
+    iterations: str = Field(
+        default="", description="repeat a small training this often here and compare every bit", examples=["10"]
+    )
+
+
+class CompareParameters(CommonParameters):
+    """Say whether recorded runs are the same, bit by bit, and where they first part.
+
+    Takes run IDs of finished train runs, or two checkpoint files or folders. Exit code: 0 identical, 1 different,
+    2 cannot be compared. Always computed anew.
+    """
+
+    example: ClassVar[str] = "--run-a RUN_ID --run-b RUN_ID"
+
+    run_a: str = Field(default="", description="a finished train run, or a .safetensors file, or a folder of them")
+    run_b: str = Field(default="", description="the other one; several run IDs joined by commas make a matrix")
+    max_ulp: str = Field(
+        default="0", description="tensor elements and losses this many representable numbers apart count as equal"
+    )
+    ignore: str = Field(
+        default="",
+        description="what does not count: data, lr, loss, generators, or patterns of tensor names, joined by commas",
+        examples=["momentum/*"],
+    )
+    data_root: str = RECORDED_DATA_ROOT
+    output: str = Field(default="", description="folder that also gets page, table and figure", examples=["out"])
+
+
+class ReproduceParameters(CommonParameters):
+    """Train a recorded run again from its own artifacts, compare bit by bit, and certify the outcome.
+
+    Shows first in what this environment differs from the recorded one. Exit codes as those of compare.
+    """
+
+    example: ClassVar[str] = "--run-id RUN_ID"
+
+    run_id: str = Field(default="", description="a finished train run", examples=["4f0c…"])
+    data_root: str = RECORDED_DATA_ROOT
+
+
+class CleanParameters(CommonParameters):
+    """Remove artifacts of a run by kind; with dry_run only list them with their sizes.
+
+    Refuses to remove what a finished run downstream needs, unless force is given.
+    """
+
+    example: ClassVar[str] = "--run-id RUN_ID --what checkpoints --dry-run"
+
+    run_id: str = Field(default="", description="the run to clean", examples=["4f0c…"])
+    what: str = Field(
+        default="", description="checkpoints, trace, scores, figures, lds or all; several joined by commas"
+    )
+    dry_run: bool = Field(default=False, description="list what would be removed, and remove nothing")
+
+    @field_validator("dry_run", mode="before")
+    @classmethod
+    def _empty_is_not_dry(cls, value: object) -> object:
+        return False if value == "" else value
 
 
 class CounterfactualParameters(StageParameters):
@@ -174,7 +251,13 @@ class CounterfactualParameters(StageParameters):
     )
 
 
-def parse(model: type[StageParameters], values: dict[str, object]) -> StageParameters:
+def fields_of(model: type[CommonParameters]) -> dict[str, FieldInfo]:
+    """The parameters of a stage as they are listed: its own first, then those that all take."""
+    own = {name: info for name, info in model.model_fields.items() if name not in CommonParameters.model_fields}
+    return own | {name: model.model_fields[name] for name in CommonParameters.model_fields}
+
+
+def parse(model: type[CommonParameters], values: dict[str, object]) -> CommonParameters:
     """Validate the parameters of a stage; an empty one means "not given". Raises ConfigError."""
     try:
         return model.model_validate({name: value for name, value in values.items() if value != ""})

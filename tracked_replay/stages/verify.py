@@ -12,7 +12,7 @@ from tracked_replay.config import parse_drop
 from tracked_replay.errors import TrackedReplayError
 from tracked_replay.lds import Subset, draw_subsets, run_checks
 from tracked_replay.progress import progress
-from tracked_replay.recording import Recording, write_json, write_text
+from tracked_replay.recording import Recording, require_expected, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.stages.lds import CHECKS
 from tracked_replay.stages.magic import recorded_setup, require_fields
@@ -23,7 +23,13 @@ from tracked_replay.tracking import names, resolve, stage_run, ui_path
 logger = logging.getLogger(__name__)
 
 
-def run_verify(train_run_id: str, *, overrides: dict[str, Any] | None = None, data_root: str | None = None) -> str:
+def run_verify(
+    train_run_id: str,
+    *,
+    overrides: dict[str, Any] | None = None,
+    data_root: str | None = None,
+    seed: int | None = None,
+) -> str:
     """Check a recorded run: order, trace, weights, initial model, config, digests, and one retraining.
 
     Always computed anew, never reused: its purpose is to look now.
@@ -32,6 +38,7 @@ def run_verify(train_run_id: str, *, overrides: dict[str, Any] | None = None, da
         train_run_id: a finished ``train`` run.
         overrides: changes to ``lds.*``, whose subsets' weights are checked.
         data_root: where the data are now.
+        seed: master seed that the run must have been recorded with; any where it is ``None``.
 
     Returns:
         The ID of the MLflow run that holds the list of passed checks.
@@ -41,6 +48,8 @@ def run_verify(train_run_id: str, *, overrides: dict[str, Any] | None = None, da
     """
     train_run_id = str(resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id)
     recording = open_recording(train_run_id)
+    if seed is not None:
+        require_expected(recording, seed=seed)
     pairs = dict(overrides or {})
     require_fields(pairs, ("lds",), "train_run_id", train_run_id)
     problem = Problem.load(recording.config.override(pairs | ({"data.root": data_root} if data_root else {})))

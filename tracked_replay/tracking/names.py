@@ -4,6 +4,7 @@ PREFIX = "tracked_replay."
 STAGE = f"{PREFIX}stage"
 FINGERPRINT = f"{PREFIX}fingerprint"
 PENDING = f"{PREFIX}pending"  # fingerprint of a run that has not finished: an interrupted one is gone on with
+VERDICT = f"{PREFIX}verdict"
 CLEANED = f"{PREFIX}cleaned"
 INPUT = f"{PREFIX}input."
 DIGESTS = f"{PREFIX}digests"
