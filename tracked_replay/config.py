@@ -55,6 +55,12 @@ class DataConfig(Section):
         default="none", description="random views of a training image, derived from seed, epoch and index"
     )
     crop_padding: int = Field(default=4, ge=1, description="pixels of reflected border that a crop moves within")
+    flip_labels: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the training labels replaced by wrong ones, to test a search for them; drawn from seed",
+    )
 
 
 class ModelConfig(Section):

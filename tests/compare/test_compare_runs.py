@@ -16,7 +16,8 @@ from tiny import tiny_setup
 from tracked_replay.compare.result import Tolerance
 from tracked_replay.compare.runs import Unavailable, checkpoint_states, compare_recordings, retrained_states
 from tracked_replay.errors import ConfigError, RecordingError
-from tracked_replay.recording import Recording, file_sha256, folder_source, state_digest
+from tracked_replay.recording import Recording, file_sha256, folder_source, state_digest, write_digests
+from tracked_replay.recording.checkpoints import write_manifest
 from tracked_replay.training import State
 
 
@@ -439,6 +440,20 @@ def test_every_file_is_checked_where_asked(tmp_path: Path, base: Recording, name
         compare(base, other, check_files=True)
 
 
+@pytest.mark.parametrize("place", [3, -1])
+def test_a_manifest_that_does_not_fit_the_states_is_found(tmp_path: Path, base: Recording, place: int) -> None:
+    """Rewritten with digests of files that fit, as somebody might who hides a change."""
+    rows = list(record(tmp_path).checkpoints)
+    write_manifest(tmp_path, [*rows[:place], dataclasses.replace(rows[place], digest="0" * 32), *rows[place:][1:]])
+    write_digests(tmp_path)
+    with pytest.raises(RecordingError, match=f"run-b: {rows[place].file}: its state has the digest .* the manifest"):
+        compare(base, Recording(folder_source(tmp_path)), check_files=True)
+    write_manifest(tmp_path, rows[:-1])
+    write_digests(tmp_path)
+    with pytest.raises(RecordingError, match="run-b: the trace has 9 steps, but the last checkpoint is of state 8"):
+        compare(base, Recording(folder_source(tmp_path)))
+
+
 def test_facts_of_config_environment_and_data_are_listed(tmp_path: Path) -> None:
     content = {"task": "tiny", "fingerprint": "1" * 64, "label_names": ["a", "b"], "train_examples": 48, "code": "c"}
     other = content | {"fingerprint": "2" * 64, "label_names": ["a", "c"], "code": "d"}
@@ -470,6 +485,7 @@ def test_facts_of_config_environment_and_data_are_listed(tmp_path: Path) -> None
     assert environment["cpu.flags"] == (removed, "new")
     assert environment["packages.installed.numpy"] == (np.__version__, None)
     assert environment["cuda.devices.0.name"] == (None, "gpu")
+    assert "cuda.devices" not in environment
     assert {row.name: row[1:] for row in found.other} == {
         "code": ("c", "d"),
         "data.fingerprint": ("1" * 64, "2" * 64),

@@ -160,7 +160,9 @@ RICH = Comparison(
     other=(Difference("code", "aa", None),),
     drift=drift([[0, 0, 0, 1e-6, 1e-4], [0, 0, 0, None, 1e-2]]),
 )
-IDENTICAL = Comparison(RUN_A, RUN_B, "identical", "Every state is the same.", tensors=(equal_tensor("parameters/w"),))
+IDENTICAL = Comparison(
+    RUN_A, RUN_B, "identical", "Every state is the same.", steps_a=4, steps_b=4, tensors=(equal_tensor("parameters/w"),)
+)
 
 
 def hostile(text: str) -> Comparison:
@@ -235,7 +237,7 @@ def heat_map(figure: Figure) -> QuadMesh:
 def test_every_part_of_a_comparison_has_its_place() -> None:
     page = check_page(comparison_html(RICH, b"png"))
     assert page.headings == [
-        "≠A and B are different, from step 2 on.",
+        "≠A and B are different, first at step 2.",
         "Where they part",
         "Likely causes",
         "Both sides",
@@ -330,8 +332,19 @@ def test_a_tolerance_in_force_is_said_and_what_it_lets_pass_is_shown() -> None:
     assert sentence in comparison_text(both).replace("\n", " ")
 
 
+def test_of_files_the_first_state_is_named() -> None:
+    files = dataclasses.replace(RICH, steps_a=None, steps_b=None, first_divergent_step=7, first_difference="state")
+    page = check_page(comparison_html(files, None))
+    assert page.headings[0] == "≠A and B are different, first at state 7."
+    assert "Tensors, after 4 steps" in page.headings
+    assert "No difference" not in check_page(comparison_html(dataclasses.replace(files, seeds=()), None)).words
+    assert comparison_text(files).startswith("A and B are different, first at state 7.\n")
+
+
 def test_what_cannot_be_compared_is_not_called_equal() -> None:
-    neither = Comparison("a.safetensors", "b.safetensors", "incomparable", "They have no tensor in common.")
+    neither = Comparison(
+        "a.safetensors", "b.safetensors", "incomparable", "They have no tensor in common.", steps_a=3, steps_b=3
+    )
     page = check_page(comparison_html(neither, None))
     assert page.headings == ["?A and B cannot be compared.", "Both sides"]
     assert "No difference" not in page.words
@@ -545,7 +558,7 @@ def test_drift_that_does_not_fit_is_refused(wrong: Drift, message: str) -> None:
 def test_the_terminal_shows_the_verdict_first_and_the_rest_shortly() -> None:
     lines = comparison_text(RICH).splitlines()
     assert lines[:4] == [
-        "A and B are different, from step 2 on.",
+        "A and B are different, first at step 2.",
         f"A: {RUN_A}",
         f"B: {RUN_B}",
         "The runs differ from step 2 on. No tolerance is in force.",

@@ -160,9 +160,9 @@ def test_a_run_that_lost_what_a_stage_reads_is_computed_again(store: Path) -> No
 
 def test_an_interrupted_run_that_lost_files_is_not_gone_on_with(store: Path) -> None:
     with pytest.raises(KeyboardInterrupt), stage_run("train", "ab", "interrupted", {}) as run:
-        for name in TRAIN_FILES:
-            add_file(run.run_id, name)
         raise KeyboardInterrupt
+    for name in TRAIN_FILES:
+        add_file(run.run_id, name)
     assert run_clean(run.run_id, "figures").removed
     assert find_interrupted("train", "ab") == [run.run_id]
     assert run_clean(run.run_id, "checkpoints").removed

@@ -90,7 +90,10 @@ def _gap_text(pair: Pair, state: int) -> str:
     gap: list[int] = []
     while state - len(gap) - 1 in pair.states.reasons:
         gap.append(state - len(gap) - 1)
-    return f" (states {gap[-1]} to {gap[0]} before it cannot be compared)" if gap else ""
+    if not gap:
+        return ""
+    named = f"states {gap[-1]} to {gap[0]}" if len(gap) > 1 else f"state {gap[0]}"
+    return f" ({named} before it cannot be compared)"
 
 
 def _divergent_generators(pair: Pair) -> Divergence | None:

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 
 from tracked_replay.errors import RecordingError
-from tracked_replay.recording.files import content_digest, state_digest, write_aside, write_bytes
+from tracked_replay.recording.files import content_digest, file_digest, state_digest, write_aside
 from tracked_replay.training.state import State
 
 FOLDER = "checkpoints"
@@ -58,9 +58,10 @@ def write_checkpoint(root: Path, state: State) -> Checkpoint:
     file = checkpoint_file(state.step)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.flat().items()}
     # One metadata entry only: safetensors writes several in an order that changes from process to process.
-    content = safetensors.torch.save(tensors, metadata={"step": str(state.step)})
-    write_bytes(root / file, content)
-    return Checkpoint(state.step, file, state_digest(state), content_digest(content), len(content))
+    metadata = {"step": str(state.step)}
+    # Straight into the file, and its digest from there: half the time of making the bytes in memory first.
+    write_aside(root / file, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
+    return Checkpoint(state.step, file, state_digest(state), file_digest(root / file), (root / file).stat().st_size)
 
 
 def read_checkpoint(path: Path, checkpoint: Checkpoint) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,12 @@ def write_json(path: Path, value: Any) -> None:
 def content_digest(content: bytes) -> str:
     """xxh3-128 of bytes, 32 hex digits: fast, for finding damage; not for identity against an adversary."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def file_digest(path: Path) -> str:
+    """:func:`content_digest` of a file that is not empty."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 def file_sha256(path: Path) -> str:

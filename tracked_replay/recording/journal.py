@@ -76,8 +76,7 @@ class Journal:
         self._stream.close()
 
     def remove(self) -> None:
-        """Close and remove: the recording is whole."""
-        self.close()
+        """Remove what :meth:`close` left: the recording is whole."""
         shutil.rmtree(self._path.parent)
 
 
@@ -86,15 +85,19 @@ def generators_file(step: int) -> str:
     return f"{GENERATORS}/step-{step:06d}.safetensors"
 
 
-def find_unfinished(root: Path) -> Unfinished | None:
+def find_unfinished(root: Path, before: int | None = None) -> Unfinished | None:
     """The last state of an interrupted recording that is whole: checkpoint, generators and all rows before it.
+
+    Args:
+        root: the recording's folder.
+        before: only states before this step.
 
     Returns:
         None where there is nothing to go on from.
     """
-    rows = _read(root / FILE)
+    rows = _read(root / FILE)[:before]
     for row in reversed(rows):
-        if row.checkpoint is None or row.checkpoint.file != checkpoint_file(row.step):
+        if row.checkpoint is None or not _belongs(row.checkpoint, row.step):
             continue
         try:
             state = read_checkpoint(root / row.checkpoint.file, row.checkpoint)
@@ -105,6 +108,11 @@ def find_unfinished(root: Path) -> Unfinished | None:
             continue  # written but cut short: an earlier one will do
         return Unfinished(state, tuple(rows[: row.step]), generators)
     return None
+
+
+def _belongs(checkpoint: Checkpoint, step: int) -> bool:
+    """Whether a checkpoint is that of a step; its file's name is taken from nowhere else."""
+    return (checkpoint.step, checkpoint.file) == (step, checkpoint_file(step))
 
 
 def _line(row: JournalRow) -> str:
@@ -122,9 +130,9 @@ def _read(path: Path) -> list[JournalRow]:
         try:
             step, loss, digest, checkpoint = json.loads(line)
             row = JournalRow(step, float.fromhex(loss), digest, checkpoint and Checkpoint(**checkpoint))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             break
-        if row.step != len(rows):
+        if type(row.step) is not int or row.step != len(rows):
             break
         rows.append(row)
     return rows

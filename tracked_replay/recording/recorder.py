@@ -15,6 +15,7 @@ from tracked_replay.determinism import (
     save_generator_states,
 )
 from tracked_replay.recording import checkpoints, files, trace
+from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.recording.journal import GENERATORS, Journal, JournalRow, Unfinished, generators_file
 from tracked_replay.training.loop import StepRecord, TrainingSetup
 from tracked_replay.training.state import State
@@ -35,8 +36,8 @@ class Recorder:
     are taken. An error there is raised by the next :meth:`add` or by :meth:`finish`.
 
     Use it as a context manager; ``digests.json``, the last file, is written by :meth:`finish` only, so a folder that
-    has it is complete. Until then a journal keeps what :func:`~tracked_replay.recording.find_unfinished` needs to go
-    on after an interruption.
+    has it is complete. Until the context is left after that, a journal keeps what
+    :func:`~tracked_replay.recording.find_unfinished` needs to go on after an interruption.
 
     Args:
         root: the folder. What an earlier recording left there is removed, unless ``unfinished`` goes on from it.
@@ -52,6 +53,8 @@ class Recorder:
         self._checkpoints: list[checkpoints.Checkpoint] = []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._pending: list[Future[None]] = []
+        self._finished = False
+        (root / DIGESTS).unlink(missing_ok=True)
         for folder in (trace.FOLDER, *(() if unfinished else (checkpoints.FOLDER, GENERATORS))):
             shutil.rmtree(root / folder, ignore_errors=True)
         for leftover in root.rglob(files.ASIDE):
@@ -70,6 +73,8 @@ class Recorder:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
         self._journal.close()
+        if self._finished and kind is None:
+            self._journal.remove()
 
     def add(self, record: StepRecord) -> None:
         """Record a step; returns before it is on disk."""
@@ -87,8 +92,9 @@ class Recorder:
         self._drain(0)
         self._trace.flush()
         checkpoints.write_manifest(self._root, self._checkpoints)
-        self._journal.remove()
-        return write_digests(self._root)
+        identity = write_digests(self._root)
+        self._finished = True
+        return identity
 
     def _go_on(self, setup: TrainingSetup, unfinished: Unfinished) -> None:
         plan, labels = setup.plan, setup.data.train.labels.cpu().numpy()
@@ -156,7 +162,7 @@ def _write_setup(root: Path, setup: TrainingSetup) -> None:
 
 
 def write_digests(root: Path) -> str:
-    """Write ``digests.json``: SHA-256 of every file under ``root``.
+    """Write ``digests.json``: SHA-256 of every file under ``root`` but those in ``resume/``, which will go.
 
     Checkpoints are covered through ``checkpoints/manifest.parquet``, which holds their own digests.
 
@@ -164,7 +170,11 @@ def write_digests(root: Path) -> str:
         SHA-256 of ``digests.json``.
     """
     found = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    covered = [path for path in found if path.parts[0] != checkpoints.FOLDER or path.suffix != ".safetensors"]
+    covered = [
+        path
+        for path in found
+        if path.parts[0] != RESUME and (path.parts[0] != checkpoints.FOLDER or path.suffix != ".safetensors")
+    ]
     digests = {path.as_posix(): files.file_sha256(root / path) for path in covered if path.as_posix() != DIGESTS}
     files.write_json(root / DIGESTS, digests)
     return files.file_sha256(root / DIGESTS)

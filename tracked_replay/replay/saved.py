@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
 from tracked_replay.recording.files import content_digest, write_bytes
 from tracked_replay.replay.adjoint import ClipCounts, Cotangent
-from tracked_replay.replay.scores import PerStepWriter, ScoreSum
+from tracked_replay.replay.scores import PER_STEP, STEPS_PER_FILE, PerStepWriter, ScoreSum
 from tracked_replay.replay.traversal import Replay, StepScores
 from tracked_replay.training.state import Tensors
 
@@ -84,8 +86,10 @@ def load_replay(folder: Path, device: torch.device | str) -> SavedReplay | None:
     digest, _, content = path.read_bytes().partition(b"\n")
     if content_digest(content).encode() != digest:
         return None
-    tensors = safetensors.torch.load(content)
     facts = _metadata(content)
+    if not all(_is_whole(folder / PER_STEP / f"part-{part:05d}.parquet", facts) for part in range(facts["parts"])):
+        return None
+    tensors = safetensors.torch.load(content)
     cotangents = tuple(
         Cotangent(*(_under(tensors, f"cotangents/{place}/{kind}/", device) for kind in KINDS))
         for place in range(facts["targets"])
@@ -103,6 +107,14 @@ def load_replay(folder: Path, device: torch.device | str) -> SavedReplay | None:
         facts["parts"],
         ClipCounts(**facts["clips"]),
     )
+
+
+def _is_whole(part: Path, facts: dict) -> bool:
+    """Whether a part of the scores step by step is all there; a power cut can take what was written before the save."""
+    try:
+        return bool(pq.read_metadata(part).num_rows == STEPS_PER_FILE * facts["targets"])
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _under(tensors: Tensors, prefix: str, device: torch.device | str) -> Tensors:

@@ -72,5 +72,6 @@ def _require_digest(state: State, recorded: str) -> None:
     if found != recorded:
         raise ReplayError(
             f"step {state.step}: the replayed state has the digest {found}, recorded was {recorded}; the training "
-            f"would not be the one that was recorded (another library version, processor or thread count?)"
+            f"would not be the one that was recorded (another library version, processor or thread count, or "
+            f"train.reproducibility other than full?)"
         )

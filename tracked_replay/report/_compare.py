@@ -71,8 +71,15 @@ def headline(comparison: Comparison) -> str:
         return (
             f"A and B are identical{', bit for bit' if _is_exact(comparison.tolerance) else ' within the tolerance'}."
         )
-    step = comparison.first_divergent_step
-    return "A and B are different." if step is None else f"A and B are different, from step {step:,} on."
+    first = _first_step(comparison)
+    return f"A and B are different, first at {first}." if first else "A and B are different."
+
+
+def _first_step(comparison: Comparison) -> str | None:
+    """Where two sides part: at a step, or, for files, in the state of that number."""
+    if comparison.first_divergent_step is None:
+        return None
+    return f"{'state' if comparison.steps_a is None else 'step'} {comparison.first_divergent_step:,}"
 
 
 def tolerance_sentence(tolerance: Tolerance) -> str:
@@ -248,6 +255,7 @@ def comparison_html(comparison: Comparison, figure_png: bytes | None, links: Map
         symbol=_SYMBOLS[comparison.verdict],
         tolerance=tolerance_sentence(comparison.tolerance),
         summary=shown(comparison.summary, _MAX_SUMMARY),
+        first_step=_first_step(comparison),
         first_difference=_FIRST.get(comparison.first_difference or ""),
         image=None if figure_png is None else base64.b64encode(figure_png).decode("ascii"),
         figure_words=_figure_words(comparison),
@@ -302,7 +310,8 @@ def _text_tensors(comparison: Comparison) -> list[str]:
 
 
 def _text_first(comparison: Comparison) -> list[str]:
-    parts = [] if comparison.first_divergent_step is None else [f"step {comparison.first_divergent_step:,}"]
+    first = _first_step(comparison)
+    parts = [first] if first else []
     if comparison.first_difference is not None:
         parts.append(_FIRST[comparison.first_difference])
     if comparison.first_tensor is not None:

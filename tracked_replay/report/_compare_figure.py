@@ -85,14 +85,18 @@ class _Drift(NamedTuple):
         return self.low - max(0.5, 0.12 * (self.high - self.low))
 
     @property
-    def places(self) -> np.ndarray:
-        """Where each state is drawn, (steps,): at its step, or one beside the other where steps lie far from evenly.
+    def uneven(self) -> bool:
+        """Whether the states lie so far from evenly apart that some columns would be too thin to be seen.
 
-        States are often closer together right after two trainings part, where most is to be seen.
+        States are often closest right after two trainings part, where most is to be seen.
         """
         gaps = np.diff(self.steps)
-        uneven = len(gaps) > 0 and gaps.max() > _MAX_UNEVENNESS * gaps.min()
-        return np.arange(len(self.steps), dtype=np.float64) if uneven else self.steps
+        return len(gaps) > 0 and bool(gaps.max() > _MAX_UNEVENNESS * gaps.min())
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where each state is drawn, (steps,): at its step, or side by side with the one before."""
+        return np.arange(len(self.steps), dtype=np.float64) if self.uneven else self.steps
 
     @property
     def edges(self) -> np.ndarray:
@@ -273,7 +277,7 @@ def _state_axis(axes: Axes, drift: _Drift, *, labelled: bool) -> None:
     axes.set_xlim(drift.edges[0], drift.edges[-1])
     if labelled:
         axes.set_xlabel("steps taken before the state")
-    if drift.places is not drift.steps:
+    if drift.uneven:
         names = dict(zip(drift.places, drift.steps, strict=True))
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda place, _position: f"{names[place]:,.0f}" if place in names else "")
@@ -312,7 +316,7 @@ def _notes(drift: _Drift, rows: _Drift) -> list[str]:
     notes: list[str] = []
     if not drift.any_positive and not np.isnan(drift.apart).any():
         notes.append("no difference at any state")
-    if drift.places is not drift.steps:
+    if drift.uneven:
         notes.append("states side by side, not to scale")
     if _together(drift) > 1:
         notes.append(f"below, a column is the largest of {_together(drift)} neighbouring states")
@@ -325,9 +329,10 @@ def comparison_figure(comparison: Comparison) -> Figure:
     """Draw how far the states of two trainings are apart.
 
     Above, the largest absolute difference over all tensors at each step and over those of each kind, on a log scale
-    with a place for 0 below; under it a row a tensor. A vertical line marks the first divergent step. Over 280 states,
-    a column of the lower panel is the largest of several neighbours; over 240 tensors, those that differ come first;
-    states far from evenly apart are drawn side by side; a note says so. Without states along the training, a sentence stands in their place. Raises ValueError where the
+    with a place for 0 below; under it a row a tensor. A vertical line marks the first divergent step, at the left edge
+    where all states that are drawn come later. States far from evenly apart are drawn side by side. Over 280 states, a
+    column of the lower panel is the largest of several neighbours; over 240 tensors, those that differ come first;
+    notes say so. Without states along the training, a sentence stands in their place. Raises ValueError where the
     lengths in ``comparison.drift`` do not match.
     """
     with drawing_style():

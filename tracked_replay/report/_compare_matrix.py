@@ -126,4 +126,4 @@ def comparison_matrix_text(
         lines += ["", " " * left + "".join(f"{number:>{width}}" for number in numbers)]
         for label, row in zip(labels, cells, strict=True):
             lines.append(f"{label:{left}}" + "".join(f"{cell:>{width}}" for cell in row[block]))
-    return "\n".join([*lines, "", "step N: different, N is the first step that differs"])
+    return "\n".join([*lines, "", "step N: different, N is the first step that differs (of files, the first state)"])

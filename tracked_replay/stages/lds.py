@@ -95,6 +95,12 @@ def _lds_stage(
     title = f"lds · {problem.task.name} · drop {config.drop} · {config.subsets} subsets"
     subsets = checked_subsets(problem)
     executor = make_executor(config.executor, config.workers)
+    mode = problem.config.train.reproducibility
+    if config.workers > 1 and mode != "full":
+        raise ConfigError(
+            f"lds.workers: found {config.workers}, but with train.reproducibility={mode} the threads of a worker are "
+            f"not those of the recorded run; allowed: 1"
+        )
     if influence is None and not force:
         influence = matching_influence(problem, targets, train_run_id)
     if influence is not None:

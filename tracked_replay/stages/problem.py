@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mlflow.exceptions import MlflowException
 
 import tracked_replay
@@ -46,6 +47,8 @@ class Problem:
     def fingerprint(self, stage: str, sections: tuple[str, ...], inputs: dict[str, str], **extra: Any) -> str:
         """Fingerprint of a stage that reads some sections of the config."""
         identity = self.config.identity(*sections)
+        if self.config.train.reproducibility != "full":  # nothing pins the threads then, and they decide the bits
+            extra["threads"] = torch.get_num_threads()
         return fingerprint(stage, identity, self.data_fingerprint, self.code, inputs, **extra)
 
 

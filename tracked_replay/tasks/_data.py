@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tracked_replay.config import Config
+from tracked_replay.determinism import derive_component_seed
 from tracked_replay.errors import DataError
 from tracked_replay.tasks._examples import Examples
+from tracked_replay.tasks._flip import flip_labels
 from tracked_replay.tasks._task import Task
 
 
@@ -28,15 +31,33 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class FlippedLabels(NamedTuple):
+    """Training labels that ``data.flip_labels`` made wrong.
+
+    Attributes:
+        indices: (flipped,) int64, rising.
+        true_labels: (flipped,) int64, what the task says.
+    """
+
+    indices: np.ndarray
+    true_labels: np.ndarray
+
+
 class TaskData:
     """The examples that a config selects from a task.
 
     Args:
         task: where the examples come from, and how they are augmented and prepared.
-        config: ``data.train_examples``, ``data.evaluation_examples`` and ``train.dtype`` are read.
+        config: ``seed``, ``data.train_examples``, ``data.evaluation_examples``, ``data.flip_labels`` and
+            ``train.dtype`` are read.
+
+    Attributes:
+        train: training examples, wrong labels included.
+        evaluation: evaluation examples; their labels are never flipped.
+        flipped: which training labels are wrong.
 
     Raises:
-        ConfigError: more examples are asked for than there are.
+        ConfigError: more examples are asked for than there are, or labels cannot be flipped as asked.
         DataError: the data are missing or damaged, or a label has no name.
     """
 
@@ -53,6 +74,7 @@ class TaskData:
         self.evaluation = evaluation.subset(data.evaluation_examples, field="data.evaluation_examples")
         for kind, examples in (("training", self.train), ("evaluation", self.evaluation)):
             self._check_labels(kind, examples)
+        self.flipped = self._flip_labels(config)
 
     @property
     def num_train(self) -> int:
@@ -98,6 +120,15 @@ class TaskData:
         indices, inputs, labels = _select(self.evaluation, indices, "evaluation")
         return Batch(indices, self._prepared(inputs), labels)
 
+    def plain_batch(self, indices: Tensor) -> Batch:
+        """Training examples without augmentation; (B,) int64 indices from 0 to ``num_train`` − 1.
+
+        Raises:
+            IndexError: an index outside the training set (negative ones included).
+        """
+        indices, inputs, labels = _select(self.train, indices, "training")
+        return Batch(indices, self._prepared(inputs), labels)
+
     def fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of the selected training and evaluation examples and the label names."""
         parts = [self.train.fingerprint(), self.evaluation.fingerprint(), *map(repr, self.task.label_names)]
@@ -111,6 +142,13 @@ class TaskData:
                 f"allowed: {len(raw)}, one an example, of type {self.dtype}"
             )
         return prepared
+
+    def _flip_labels(self, config: Config) -> FlippedLabels:
+        before, seed = self.train, derive_component_seed(config.seed, "label_flips")
+        labels, indices = flip_labels(before.labels, len(self.task.label_names), config.data.flip_labels, seed)
+        if len(indices):
+            self.train = Examples(before.inputs, labels)
+        return FlippedLabels(indices, before.labels.cpu().numpy()[indices])
 
     def _check_label_names(self) -> None:
         names = self.task.label_names
