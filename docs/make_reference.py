@@ -38,22 +38,38 @@ Made from the code by `python docs/make_reference.py`; a test fails where the tw
 TAGS = {
     "stage": (
         "every run",
-        "what made the run: `train`, `magic`, `lds`, `retraining` (the child runs of `lds` and `counterfactual`), "
-        "`counterfactual`, `verify` or `main`",
+        "what made the run: `train`, `magic`, `lds`, `retraining` (the child runs of `lds`, `counterfactual` and "
+        "`suspects`), "
+        "`counterfactual`, `suspects`, `compare`, `reproduce`, `verify` or `main`",
     ),
     "fingerprint": (
         "every FINISHED run that computed its whole result",
         "SHA-256 of everything that decides the result; set last, so a run that did not finish is never reused",
     ),
+    "pending": (
+        "every run that knows what it is going to compute",
+        "the fingerprint that the run is to have, set at its start: an interrupted `train` or `magic` run is found by "
+        "it and gone on with",
+    ),
     "input.": (
         "runs that read other runs",
         "prefix: `tracked_replay.input.train_run_id` is the run ID of the recording, "
         "`tracked_replay.input.magic_run_id` that of the scores, "
-        "`tracked_replay.input.lds_run_id` that of the validation under a `main` run",
+        "`tracked_replay.input.lds_run_id` that of the validation under a `main` run, "
+        "`tracked_replay.input.run_a`, `tracked_replay.input.run_b` and so on those that were compared, "
+        "`tracked_replay.input.reproduced_run_id` that of the training that a `reproduce` run made",
     ),
     "digests": (
         "all",
         "SHA-256 of the run's `digests.json`, from which every other file is checked",
+    ),
+    "verdict": (
+        "`compare`, `reproduce`",
+        "`identical` or `different`; of several runs every verdict that there was, joined by a comma",
+    ),
+    "cleaned": (
+        "runs that `clean` removed files of",
+        "the kinds that were removed, joined by commas; such a run is no longer reused, unless it lost only `figures`",
     ),
     "exact": ("`magic`", "`true`, or `false` where a clipping option was on"),
     "reuses": (
@@ -72,7 +88,7 @@ TAGS = {
     ),
 }
 
-FUNCTIONS = ("train", "magic", "lds", "counterfactual", "load_scores")
+FUNCTIONS = ("train", "magic", "lds", "counterfactual", "load_scores", "compare", "reproduce")
 CONFIG_METHODS = ("resolve", "override", "from_toml", "to_toml", "from_values", "value", "flat")
 TASK_METHODS = (
     "train_examples",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -32,6 +33,7 @@ VARYING = (
     (r"^figures/target-.+-(extremes|over-training)\.png$", r"figures/target-NAME-\1.png"),
     (r"^config/task/.+", "config/task/"),
     (r"^figures/lds-scatter-[\d.]+\.png$", "figures/lds-scatter-SHARE.png"),
+    (r"^(compare|figures)/\d+-\d+\.", r"\1/M-N."),
     (rf"^{MADE_BY_MLFLOW}.+", MADE_BY_MLFLOW),
 )
 
@@ -132,6 +134,35 @@ def test_every_artifact_and_column_of_a_validation_is_in_the_formats(store: Path
             assert documented_columns(f"`{path}`") == columns_of(run_id, path), path
 
 
+def test_every_artifact_and_key_of_a_comparison_is_in_the_formats(store: Path) -> None:
+    from tracked_replay.stages.compare import COMPARISON, run_compare
+    from tracked_replay.stages.reproduce import CERTIFICATE, run_reproduce
+
+    one, two, three = (tr.train(tiny_config(train__epochs=1, seed=seed)) for seed in range(3))
+    pair, several = run_compare(one, two).run_id, run_compare(one, f"{two},{three}").run_id
+    reproduced = run_reproduce(one).run_id
+    for run_id in (pair, several, reproduced):
+        assert run_id is not None
+        require_documented(run_id)
+    for run_id, name in ((pair, COMPARISON), (reproduced, CERTIFICATE)):
+        section = text("formats.md").split(f"### `{name}`\n")[1].split("\n#")[0]
+        for key in keys_of(json.loads(artifact(run_id, name).read_text(encoding="utf-8"))):
+            assert f"`{key}`" in section, (name, key)
+
+
+def keys_of(content: object) -> set[str]:
+    """Names in a JSON file, those inside lists too."""
+    if isinstance(content, list):
+        return set().union(*map(keys_of, content))
+    return set(content).union(*map(keys_of, content.values())) if isinstance(content, dict) else set()
+
+
+def artifact(run_id: str | None, name: str) -> Path:
+    import mlflow
+
+    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+
+
 def require_documented(run_id: str) -> None:
     """Check that a run's artifact paths, metrics and tags stand in the documentation."""
     from mlflow.tracking import MlflowClient
@@ -146,7 +177,8 @@ def require_documented(run_id: str) -> None:
         assert f"`{metric}`" in formats, metric
     for tag in tags_of(run_id):
         if tag.startswith(names.PREFIX):
-            assert f"`{tag}`" in text("reference.md"), tag
+            written = re.sub(r"(?<=\.run_)[c-t]$", "b", tag)  # of a comparison of many runs
+            assert f"`{written}`" in text("reference.md"), tag
 
 
 def tags_of(run_id: str) -> dict[str, str]:

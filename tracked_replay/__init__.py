@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from tracked_replay.determinism import verify_reproducibility
     from tracked_replay.errors import TrackedReplayError
     from tracked_replay.stages.compare import compare
+    from tracked_replay.stages.compare_influence import compare_influence
     from tracked_replay.stages.counterfactual import counterfactual
+    from tracked_replay.stages.expectations import require_expected, restore_generators
     from tracked_replay.stages.influence import load_scores
     from tracked_replay.stages.lds import run_lds as lds
     from tracked_replay.stages.magic import run_magic as magic
@@ -35,11 +37,14 @@ _PUBLIC = {
     "Task": ("tracked_replay.tasks", "Task"),
     "TrackedReplayError": ("tracked_replay.errors", "TrackedReplayError"),
     "compare": ("tracked_replay.stages.compare", "compare"),
+    "compare_influence": ("tracked_replay.stages.compare_influence", "compare_influence"),
     "counterfactual": ("tracked_replay.stages.counterfactual", "counterfactual"),
     "lds": ("tracked_replay.stages.lds", "run_lds"),
     "load_scores": ("tracked_replay.stages.influence", "load_scores"),
     "magic": ("tracked_replay.stages.magic", "run_magic"),
     "reproduce": ("tracked_replay.stages.reproduce", "reproduce"),
+    "require_expected": ("tracked_replay.stages.expectations", "require_expected"),
+    "restore_generators": ("tracked_replay.stages.expectations", "restore_generators"),
     "train": ("tracked_replay.stages.train", "run_train"),
     "verify_reproducibility": ("tracked_replay.determinism", "verify_reproducibility"),
 }
@@ -51,11 +56,14 @@ __all__ = [
     "TrackedReplayError",
     "__version__",
     "compare",
+    "compare_influence",
     "counterfactual",
     "lds",
     "load_scores",
     "magic",
     "reproduce",
+    "require_expected",
+    "restore_generators",
     "train",
     "verify_reproducibility",
 ]

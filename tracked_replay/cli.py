@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from tracked_replay.stages.parameters import (
     ReproduceParameters,
     ShowConfigParameters,
     StageParameters,
+    SuspectsParameters,
     TrainParameters,
     VerifyParameters,
     fields_of,
@@ -133,9 +135,10 @@ def _verify(parameters: VerifyParameters) -> None:
     if parameters.certificate:
         from tracked_replay.stages.reproduce import run_check_certificate
 
-        for name in run_check_certificate(parameters.certificate, parameters.train_run_id):
+        certificate, held = run_check_certificate(parameters.certificate, parameters.train_run_id)
+        for name in held:
             click.echo(f"holds: {name}")
-        click.echo("the certificate holds")
+        click.echo(f"the certificate holds; its verdict: {certificate.verdict}")
         return
     if not parameters.train_run_id:
         raise ConfigError(
@@ -179,52 +182,62 @@ def _whole(name: str, text: str, least: int) -> int:
 
 
 def _compare(parameters: CompareParameters) -> None:
-    with _incomparable():
-        max_ulp = _whole("max_ulp", parameters.max_ulp, least=0)
-        from tracked_replay.stages.compare import run_compare
+    max_ulp = _whole("max_ulp", parameters.max_ulp, least=0)
+    from tracked_replay.stages.compare import is_influence, run_compare
 
-        compared = run_compare(
-            parameters.run_a,
-            parameters.run_b,
-            max_ulp=max_ulp,
-            ignore=[part.strip() for part in parameters.ignore.split(",") if part.strip()],
-            data_root=parameters.data_root or None,
-            output=parameters.output or None,
-        )
+    if is_influence(parameters.run_a):
+        _compare_influence(parameters, max_ulp)
+        return
+    compared = run_compare(
+        parameters.run_a,
+        parameters.run_b,
+        max_ulp=max_ulp,
+        ignore=[part.strip() for part in parameters.ignore.split(",") if part.strip()],
+        check_files=parameters.check_files,
+        data_root=parameters.data_root or None,
+        output=parameters.output or None,
+    )
     click.echo(compared.text)
     if compared.run_id is not None:
         _closing("compare run", compared.run_id, f"tracked-replay reproduce --run-id {compared.names[0]}")
     sys.exit(compared.exit_code)
 
 
-def _reproduce(parameters: ReproduceParameters) -> None:
-    with _incomparable():
-        from tracked_replay.stages.reproduce import run_reproduce
+def _compare_influence(parameters: CompareParameters, max_ulp: int) -> None:
+    for name, given in (("max_ulp", max_ulp), ("ignore", parameters.ignore)):
+        if given:
+            raise ConfigError(
+                f"{name}: found {given!r}, but run_a is of stage 'magic', whose scores are compared bit for bit; "
+                f"allowed: leave it out"
+            )
+    from tracked_replay.stages.compare_influence import run_compare_influence
 
-        reproduced = run_reproduce(parameters.run_id, data_root=parameters.data_root or None)
+    compared = run_compare_influence(
+        parameters.run_a,
+        parameters.run_b,
+        check_files=parameters.check_files,
+        data_root=parameters.data_root or None,
+        output=parameters.output or None,
+    )
+    click.echo(compared.text)
+    _closing("compare run", compared.run_id, compared.next_command)
+    sys.exit(compared.exit_code)
+
+
+def _reproduce(parameters: ReproduceParameters) -> None:
+    from tracked_replay.stages.reproduce import run_reproduce
+
+    reproduced = run_reproduce(parameters.run_id, data_root=parameters.data_root or None)
     click.echo(reproduced.compared.text)
     _closing("reproduce run", reproduced.run_id, f"tracked-replay verify --certificate {reproduced.run_id}")
     sys.exit(reproduced.compared.exit_code)
 
 
-@contextmanager
-def _incomparable() -> Iterator[None]:
-    """Exit code 2 for what keeps two runs from being compared."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_users(error):
-            raise
-        logger.debug("where the error comes from:", exc_info=True)
-        _fail(str(error), 2)
-
-
 def _clean(parameters: CleanParameters) -> None:
     from tracked_replay.stages.clean import describe, run_clean
 
-    click.echo(
-        describe(run_clean(parameters.run_id, parameters.what, dry_run=parameters.dry_run, force=parameters.force))
-    )
+    cleaned = run_clean(parameters.run_id, parameters.what, dry_run=parameters.dry_run, force=parameters.force)
+    click.echo(describe(cleaned), nl=False)
 
 
 def _counterfactual(parameters: CounterfactualParameters) -> None:
@@ -250,11 +263,57 @@ def _counterfactual(parameters: CounterfactualParameters) -> None:
     _closing("counterfactual run", run_id, f"tracked-replay lds --magic-run-id {input_by_id(run_id, 'magic_run_id')}")
 
 
+def _suspects(parameters: SuspectsParameters) -> None:
+    _require_no_seed(parameters, parameters.train_run_id)
+    checkpoints = _whole("checkpoints", parameters.checkpoints, least=1)
+    try:
+        share = float(parameters.share)
+    except ValueError:
+        raise ConfigError(f"share: found {parameters.share!r}; allowed: above 0 and below 1") from None
+    config = None if parameters.train_run_id else parameters.config()
+    from tracked_replay.stages.suspects import run_suspects
+    from tracked_replay.stages.suspects_result import describe, read_suspects
+
+    run_id = run_suspects(
+        parameters.train_run_id or None,
+        share=share,
+        checkpoints=checkpoints,
+        config=config,
+        overrides=parameters.set if parameters.train_run_id else "",
+        data_root=parameters.data_root or None,
+        force=parameters.force,
+    )
+    found = read_suspects(run_id)
+    click.echo(describe(found))
+    from tracked_replay.tracking import input_by_id
+
+    first = ",".join(str(index) for index in found.table["train_index"][:10].to_pylist())
+    train_run = input_by_id(run_id, "train_run_id")
+    then = f"tracked-replay counterfactual --train-run-id {train_run} --targets mean:all --remove {first}"
+    _closing("suspects run", run_id, then)
+
+
+@contextmanager
+def _code_2_for_errors() -> Iterator[None]:
+    """Exit code 2 for whatever keeps a command from a verdict: its exit code 1 means "different"."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_users(error):
+            traceback.print_exc()
+            sys.exit(2)
+        logger.debug("where the error comes from:", exc_info=True)
+        _fail(str(error), 2)
+
+
+VERDICTS = ("compare", "reproduce")  # stages whose exit code is a verdict
+
 STAGES: dict[str, tuple[type[CommonParameters], Callable[[Any], None]]] = {
     "train": (TrainParameters, _train),
     "magic": (MagicParameters, _magic),
     "lds": (LdsParameters, _lds),
     "counterfactual": (CounterfactualParameters, _counterfactual),
+    "suspects": (SuspectsParameters, _suspects),
     "compare": (CompareParameters, _compare),
     "reproduce": (ReproduceParameters, _reproduce),
     "verify": (VerifyParameters, _verify),
@@ -294,9 +353,10 @@ def _command(name: str, model: type[CommonParameters], run: Callable[[Any], None
             options.append(click.Option(declarations, help=info.description, default=info.default, show_default=shown))
 
     def callback(**values: object) -> None:
-        parameters = parse(model, values)
-        _configure_logging(parameters)
-        run(parameters)
+        with _code_2_for_errors() if name in VERDICTS else nullcontext():
+            parameters = parse(model, values)
+            _configure_logging(parameters)
+            run(parameters)
 
     text = f"{model.__doc__}\n\n    Example: tracked-replay {name} {model.example}"
     return click.Command(

@@ -12,15 +12,45 @@ import tomllib
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from tracked_replay.errors import ConfigError
 
-NO_IDENTITY = (("data", "root"), ("data", "download"), ("replay", "mode"), ("lds", "executor"), ("lds", "workers"))
+NO_IDENTITY = (
+    ("data", "root"),
+    ("data", "download"),
+    ("replay", "mode"),
+    ("replay", "budget"),
+    ("lds", "executor"),
+    ("lds", "workers"),
+)
+
+SIZE = re.compile(r"\s*(\d{1,18}|\d{0,9}\.\d{1,9})\s*([kmgtp]?b?|[kmgtp]ib)\s*", re.IGNORECASE | re.ASCII)
+
+
+def _whole_size(value: object) -> object:
+    # pydantic reads a size from the beginning of a text and would take 1,5GB for one byte.
+    if isinstance(value, str) and not SIZE.fullmatch(value):
+        raise PydanticCustomError("size", "no size")
+    return value
+
+
+Bytes = Annotated[ByteSize, Field(le=2**63 - 1), BeforeValidator(_whole_size)]
+SIZE_ALLOWED: Any = {"allowed": "bytes >= 0, as a number or as 500MB, 1.5GB, 2GiB"}
 
 
 class Section(BaseModel):
@@ -32,7 +62,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic would take true for 1, so that a preset's `epochs = true` would train one epoch.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, ByteSize):
             raise PydanticCustomError("truth_value", "a truth value is no number")
         return value
 
@@ -138,6 +168,12 @@ class RecordConfig(Section):
     every: int = Field(
         default=1, ge=1, description="steps between two checkpoints; states between them are recomputed when replayed"
     )
+    budget: Bytes = Field(
+        default=ByteSize(0),
+        description="bytes on disk for checkpoints and generator states; as many steps lie between two checkpoints as "
+        "it takes, but no fewer than `every`; 0 means no limit",
+        json_schema_extra=SIZE_ALLOWED,
+    )
     evaluate_every: int = Field(
         default=1, ge=0, description="epochs between two evaluations while training; 0 evaluates at the end only"
     )
@@ -151,6 +187,11 @@ class ReplayConfig(Section):
 
     mode: Literal["auto", "memory", "stream"] = Field(
         default="auto", description="keep all states in memory, or read them from the artifact store as needed"
+    )
+    budget: Bytes = Field(
+        default=ByteSize(0),
+        description="bytes of memory for states; 0 means half of what is free, and no limit where mode is `memory`",
+        json_schema_extra=SIZE_ALLOWED,
     )
     per_step: bool = Field(default=False, description="keep the scores of every step as well (large)")
     clip_gradient: bool = Field(default=False, description="clip the replayed gradient's norm; makes scores inexact")

@@ -23,7 +23,7 @@ from tracked_replay.config import Config
 from tracked_replay.determinism import derive_component_seed
 from tracked_replay.recording import Recorder
 from tracked_replay.tasks import Examples, ResNet9, Task
-from tracked_replay.tracking import StageRun
+from tracked_replay.tracking import StageRun, Workspace
 from tracked_replay.training import TrainingSetup, set_up, train
 
 
@@ -63,16 +63,17 @@ def bare(setup: TrainingSetup, stop: int) -> float:
 def recorded(setup: TrainingSetup, stop: int) -> float:
     """Seconds of the loop that records and logs everything."""
     started = time.perf_counter()
-    with mlflow.start_run() as active, tempfile.TemporaryDirectory() as folder:
+    with mlflow.start_run() as active:
         run = StageRun(active.info.run_id)
-        with Recorder(Path(folder), setup) as recorder:
+        workspace = Workspace.of(run.run_id)
+        with workspace.opened() as root, Recorder(root, setup) as recorder:
             for record in train(setup, stop=stop):
                 recorder.add(record)
                 run.metric("train/loss", record.loss, record.before.step)
                 run.metric("lr/weights", record.learning_rates[0], record.before.step)
             run.flush()
             recorder.finish(record.after)
-        run.artifacts(Path(folder))
+        workspace.publish()
     return time.perf_counter() - started
 
 

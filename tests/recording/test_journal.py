@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny import TinyTask, tiny_config, tiny_setup
 from torch import Tensor, nn
 
+from tracked_replay.determinism import capture_generator_states
 from tracked_replay.errors import TrackedReplayError
 from tracked_replay.recording import Recorder, Unfinished, files, find_unfinished, recorder, state_digest
 from tracked_replay.tasks import TaskData
@@ -106,15 +106,19 @@ def test_going_on_gives_the_bytes_of_never_having_stopped(every: int, all_writte
 
     record(tmp_path / "whole", setup())
     expected = contents(tmp_path / "whole")
-    assert {"trace/part-00000.parquet", "rng/step-000003.safetensors", "checkpoints/manifest.parquet"} <= expected.keys()
+    assert {
+        "trace/part-00000.parquet",
+        "rng/step-000003.safetensors",
+        "checkpoints/manifest.parquet",
+    } <= expected.keys()
     gone_on = []
     for stop in range(STEPS + 1):
         root = tmp_path / f"stopped {stop}"
         record(root, setup(), stop, all_written=all_written)
         assert not (root / "digests.json").exists()
         for _ in range(5):
-            random.random()  # the generators stand somewhere else when it goes on
-            np.random.random()
+            random.gauss(0, 1)  # the generators stand somewhere else when it goes on
+            np.random.normal()
         unfinished = record(root, setup())
         gone_on.append(0 if unfinished is None else unfinished.state.step)
         assert contents(root) == expected, stop
@@ -161,15 +165,20 @@ def test_a_recording_that_begins_anew_takes_nothing_from_an_earlier_one(tmp_path
 
 
 def test_what_is_found_is_the_state_the_losses_and_the_generators_of_the_training(tmp_path: Path) -> None:
-    interrupted(tmp_path)
-    steps = list(train(tiny_setup()))
+    record(tmp_path, drawing_setup(), STOPPED)
+    steps = []
+    setup = drawing_setup()
+    generators = [capture_generator_states()]
+    for step in train(setup):
+        steps.append(step)
+        generators.append(capture_generator_states())
     found = find_unfinished(tmp_path)
     assert found is not None
     assert state_digest(found.state) == state_digest(steps[5].before)
     assert [row.loss.hex() for row in found.rows] == [step.loss.hex() for step in steps[:5]]
     assert [row.digest for row in found.rows] == [state_digest(step.before) for step in steps[:5]]
-    torch.manual_seed(0)
-    assert found.generators.torch_cpu.shape == torch.get_rng_state().shape
+    for name, expected in vars(generators[5]).items():
+        np.testing.assert_array_equal(getattr(found.generators, name), expected, name)
     earlier = find_unfinished(tmp_path, before=5)
     assert earlier is not None
     assert (earlier.state.step, len(earlier.rows)) == (4, 4)
@@ -219,7 +228,9 @@ def test_after_a_damaged_file_it_still_ends_with_the_same_bytes(tmp_path: Path) 
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("file", ["../../x", "../x", "/{outside}", "checkpoints/../../x", "checkpoints/step-000004.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["../../x", "../x", "/{outside}", "checkpoints/../../x", "checkpoints/step-000004.safetensors"]
+)
 def test_a_line_that_names_another_file_than_its_own_is_not_followed(file: str, tmp_path: Path) -> None:
     root = tmp_path / "a" / "b"
     lines = interrupted(root)

@@ -78,7 +78,7 @@ def test_each_kind_takes_its_files_and_no_other(store: Path) -> None:
         (train_run, "figures", ["figures/"]),
         (train_run, "trace", ["trace/"]),
         (train_run, "checkpoints", ["checkpoints/step-", "rng/"]),
-        (magic_run, "figures", ["figures/", "images/"]),
+        (magic_run, "figures", ["figures/", "images/", "report/"]),
         (magic_run, "scores", ["scores/"]),
     ):
         left = without(expected[run_id], *folders)
@@ -154,7 +154,9 @@ def test_a_run_that_lost_what_a_stage_reads_is_computed_again(store: Path) -> No
     run_clean(magic_run, "scores")
     assert tags(magic_run)[names.CLEANED] == "scores,figures"
     assert tr.magic(train_run, "0") != magic_run
+    computed = tags(train_run)[names.FINGERPRINT]
     run_clean(train_run, "trace", force=True)
+    assert tags(train_run)[names.PENDING] == computed  # what it computed is known still
     assert tr.train(CONFIG) != train_run
 
 
@@ -272,11 +274,12 @@ def test_a_run_that_has_all_it_needs_does_not_stop_it(store: Path, monkeypatch: 
 
 def test_a_run_that_reads_it_now_stops_it_whatever_its_stage(store: Path) -> None:
     train_run = fake("train", files=TRAIN_FILES)
-    with (
-        stage_run("verify", "ab", "running", {"train_run_id": train_run}) as run,
-        pytest.raises(RunError, match=rf"needed by verify run {run.run_id} \(RUNNING\)"),
-    ):
-        run_clean(train_run, "trace")
+    for stage, parameter in (("verify", "train_run_id"), ("compare", "run_b")):
+        with (
+            stage_run(stage, "ab", "running", {parameter: train_run}) as run,
+            pytest.raises(RunError, match=rf"needed by {stage} run {run.run_id} \(RUNNING\)"),
+        ):
+            run_clean(train_run, "trace")
     abandoned = running_run("verify", {"train_run_id": train_run}, gone=True)
     assert run_clean(train_run, "trace").removed
     assert mlflow.get_run(abandoned).info.status == "KILLED"
@@ -567,7 +570,7 @@ def test_a_run_on_a_server_loses_the_same(server: Path) -> None:
     assert {run_id: kept(run_id) for run_id in runs} == expected
     for run_id, what, folders in (
         (lds_run, "lds", ["lds/"]),
-        (magic_run, "scores,figures", ["scores/", "figures/", "images/"]),
+        (magic_run, "scores,figures", ["scores/", "figures/", "images/", "report/"]),
         (train_run, "checkpoints", ["checkpoints/step-", "rng/"]),
     ):
         left = without(expected[run_id], *folders)

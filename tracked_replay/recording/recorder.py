@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +16,7 @@ from tracked_replay.determinism import (
     restore_generator_states,
     save_generator_states,
 )
+from tracked_replay.errors import ConfigError
 from tracked_replay.recording import checkpoints, files, trace
 from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.recording.journal import GENERATORS, Journal, JournalRow, Unfinished, generators_file
@@ -27,6 +30,58 @@ ENVIRONMENT = "environment/environment.json"
 DIGESTS = "digests.json"
 
 MAX_PENDING = 8  # states that may wait to be written; more and the training waits too
+
+BESIDE_A_STATE = 16 * 1024  # bytes of its generator states (11 KB) and its row in the manifest, at most
+MANIFEST_BYTES = 4 * 1024  # bytes of the manifest without its rows, at most
+
+
+def checkpoint_distance(setup: TrainingSetup) -> int:
+    """Steps between two checkpoints: as few as ``record.every`` and ``record.budget`` allow.
+
+    What counts are the folders of checkpoints and of generator states. Everything is decided from the config, the
+    number of steps and the shapes of the initial state, so that equal configs give equal recordings.
+
+    Raises:
+        ConfigError: the first and the last state alone are more than the budget.
+    """
+    every, budget, steps = setup.config.record.every, setup.config.record.budget, setup.plan.steps
+    if not budget:
+        return every
+    fixed = MANIFEST_BYTES + _bytes_with(setup.initial)
+    each = _bytes_with(later_state(setup))
+    between = (budget - fixed) // each  # all checkpoints but the first
+    if between < 1:
+        raise ConfigError(
+            f"record.budget: found {budget} bytes; allowed: 0, or at least {fixed + each}, which the first and "
+            f"the last state of this training take with their generator states"
+        )
+    return max(every, -(-steps // between))
+
+
+def checkpoint_steps(setup: TrainingSetup) -> list[int]:
+    """Numbers of the states that a recording of the training will keep. Raises ConfigError."""
+    return [*range(0, setup.plan.steps, checkpoint_distance(setup)), setup.plan.steps]
+
+
+def later_state(setup: TrainingSetup) -> State:
+    """A state with the names, types and shapes of those after the first step."""
+    momentum = setup.initial.parameters if setup.config.train.momentum else {}
+    return replace(setup.initial, step=setup.plan.steps, momentum=momentum)
+
+
+def checkpoint_bytes(state: State) -> int:
+    """Size of a state's checkpoint file, some bytes a tensor too large."""
+    # safetensors' own layout: length of the header, header, tensors.
+    last = [state.nbytes, state.nbytes]
+    header = {
+        name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "data_offsets": last}
+        for name, tensor in state.flat().items()
+    }
+    return len(json.dumps({"__metadata__": {"step": str(state.step)}} | header)) + 16 + state.nbytes
+
+
+def _bytes_with(state: State) -> int:
+    return checkpoint_bytes(state) + BESIDE_A_STATE
 
 
 class Recorder:
@@ -44,11 +99,14 @@ class Recorder:
         setup: of the training.
         unfinished: an interrupted recording of the same training under ``root``. The process's generators are put
             back to where they were; the training must start from its state.
+
+    Raises:
+        ConfigError: ``record.budget`` is too small; see :func:`checkpoint_distance`.
     """
 
     def __init__(self, root: Path, setup: TrainingSetup, unfinished: Unfinished | None = None) -> None:
         self._root = root
-        self._every = setup.config.record.every
+        self._every = checkpoint_distance(setup)
         self._trace = trace.TraceWriter(root, setup.config.record.pixels)
         self._checkpoints: list[checkpoints.Checkpoint] = []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")

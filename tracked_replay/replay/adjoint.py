@@ -129,7 +129,8 @@ class StepAdjoint:
                 allow_unused=True,
                 materialize_grads=True,
             )
-            products = dict(zip(parameters, pulled, strict=False))
+            # Contiguous, whatever layout the kernels left: a cotangent that was saved and read again is so too.
+            products = {name: product.contiguous() for name, product in zip(parameters, pulled, strict=False)}
             result = Cotangent(
                 parameters={name: passed[name] + products[name] for name in parameters},
                 statistics=dict(zip(statistics, pulled[len(parameters) :], strict=False)),
@@ -145,10 +146,8 @@ class StepAdjoint:
         self, before: State, parameters: Tensors, statistics: Tensors, weights: Tensor, inputs: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensors]:
         """The batch loss and the next running statistics, both as differentiable functions."""
-        seed_step(self.step.seed, before.step)
-        self.model.module.train()
         tensors = {**before.buffers, **parameters, **statistics}
-        outputs = functional_call(self.model.module, tensors, (inputs,))
+        outputs = self.model.training_outputs(tensors, inputs, lambda: seed_step(self.step.seed, before.step))
         losses = self.step.per_example_loss(outputs, labels)
         return weighted_loss(losses, len(labels), weights), self.model.updated_statistics()
 

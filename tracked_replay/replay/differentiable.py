@@ -8,12 +8,15 @@ operations. It computes the same function, equal to rounding; no state is ever t
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tracked_replay.errors import ReplayError
+from tracked_replay.replay.derivatives import batch_norm, convolution, gelu
 from tracked_replay.training.state import Tensors
 
 STATISTICS = ("running_mean", "running_var")
@@ -43,27 +46,22 @@ class DifferentiableBatchNorm(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``inputs`` of shape (N, C, ...)."""
-        shape = [1, -1] + [1] * (inputs.ndim - 2)
         tracked = self.running_mean is not None and self.running_var is not None
         if self.training or not tracked:
-            dims = [dim for dim in range(inputs.ndim) if dim != 1]
-            mean = inputs.mean(dims)
-            centred = inputs - mean.view(shape)
-            variance = centred.square().mean(dims)
+            outputs, mean, variance = batch_norm(inputs, self.weight, self.bias, self.eps)
             if tracked:
-                self._update(mean, variance, inputs.numel() // inputs.shape[1])
-        else:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            mean, variance = self.running_mean, self.running_var
-            centred = inputs - mean.view(shape)
-        scale = torch.rsqrt(variance + self.eps)
+                self._update(mean, variance)
+            return outputs
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        shape = [1, -1] + [1] * (inputs.ndim - 2)
+        scale = torch.rsqrt(self.running_var + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
-        normalised = centred * scale.view(shape)
+        normalised = (inputs - self.running_mean.view(shape)) * scale.view(shape)
         return normalised if self.bias is None else normalised + self.bias.view(shape)
 
-    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         self._calls += 1
@@ -72,18 +70,39 @@ class DifferentiableBatchNorm(nn.Module):
             share = 1.0 / float(self.num_batches_tracked + self._calls)
         else:
             share = self.momentum
-        unbiased = variance * (count / (count - 1))
         # A layer that is called twice in one forward pass updates its statistics twice.
         before = {"running_mean": self.running_mean, "running_var": self.running_var} | self.updated
         self.updated = {
             "running_mean": (1 - share) * before["running_mean"] + share * mean,
-            "running_var": (1 - share) * before["running_var"] + share * unbiased,
+            "running_var": (1 - share) * before["running_var"] + share * variance,
         }
 
     def take_updated(self) -> Tensors:
         """The next running statistics, or none after a pass that made none; forgets them."""
         found, self.updated, self._calls = self.updated, {}, 0
         return found
+
+
+class DifferentiableGELU(nn.GELU):
+    """GELU with a cheap second derivative."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As in the module it replaces."""
+        return gelu(input, self.approximate)
+
+
+class DifferentiableConv2d(nn.Conv2d):
+    """A convolution whose second derivative uses the kernels of the first."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As in the module it replaces."""
+        if input.ndim != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super().forward(input)
+        return convolution(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+# The replacements of layers that only need to be faster: the same module, of a subclass with another forward pass.
+FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.GELU: DifferentiableGELU, nn.Conv2d: DifferentiableConv2d}
 
 
 class DifferentiableModel:
@@ -106,6 +125,39 @@ class DifferentiableModel:
             if getattr(layer, statistic) is not None
         )
         self.counters = tuple(_join(name, "num_batches_tracked") for name in self._normalisations)
+        self._channels_last = True
+
+    def training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
+        """Outputs in train mode, as a differentiable function of ``tensors``.
+
+        On the CPU images are laid out with the channels last, in which convolution, pooling and BatchNorm are faster.
+        A model that cannot take them so (it views its activations in the usual layout), or that draws random numbers
+        (in another layout the same numbers would fall on other elements), gets them as they are.
+
+        Args:
+            tensors: parameters and buffers by name.
+            inputs: (B, ...).
+            seed: sets torch's generators for this pass.
+        """
+        self.module.train()
+        if self._channels_last and inputs.ndim == 4 and inputs.device.type == "cpu":
+            outputs = self._with_channels_last(tensors, inputs, seed)
+            if outputs is not None:
+                return outputs
+            self._channels_last = False
+            self.updated_statistics()
+        seed()
+        return functional_call(self.module, tensors, (inputs,))
+
+    def _with_channels_last(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None]) -> Tensor | None:
+        """``None`` where the model needs the usual layout."""
+        seed()
+        generator = torch.get_rng_state()
+        try:
+            outputs = functional_call(self.module, tensors, (inputs.contiguous(memory_format=torch.channels_last),))
+        except RuntimeError:  # an error that is not about the layout comes again in the usual one
+            return None
+        return outputs if torch.equal(torch.get_rng_state(), generator) else None
 
     def _replace(self, module: nn.Module, name: str) -> nn.Module:
         if isinstance(module, _BatchNorm):
@@ -113,6 +165,7 @@ class DifferentiableModel:
                 _require_plain(module, name)
                 self._replaced[id(module)] = self._normalisations[name] = DifferentiableBatchNorm(module)
             return self._replaced[id(module)]
+        module.__class__ = FASTER.get(type(module), type(module))
         for child_name, child in list(module._modules.items()):  # named_children() skips a layer's second name
             if child is not None:
                 setattr(module, child_name, self._replace(child, _join(name, child_name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,12 @@ import numpy as np
 from tracked_replay.errors import ReplayError
 from tracked_replay.recording import Recording
 from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
+from tracked_replay.replay.allocation import keep_freed_memory
+from tracked_replay.replay.plan import Plan
 from tracked_replay.replay.states import states_backward
 from tracked_replay.replay.targets import Target
 from tracked_replay.training.loop import TrainingSetup
+from tracked_replay.training.state import State
 
 
 class StepScores(NamedTuple):
@@ -37,7 +41,7 @@ class Replay:
         recording: trace and checkpoints.
         targets: what is measured at the end.
         adjoint: of the setup's step; it counts what clipping did.
-        mode: ``memory`` or ``stream``; the scores are the same bits.
+        mode: ``memory``, ``stream`` or ``auto``, or the plan made by :func:`choose_plan`; the scores are the same bits.
         position: state number and cotangents to go on from, one a target; the end of the training where it is ``None``.
 
     Attributes:
@@ -46,7 +50,7 @@ class Replay:
 
     Raises:
         ReplayError: the plan made from the config is not the recorded one.
-        ReplayError, RecordingError, NumericalError: while iterating; see :func:`states_backward` and
+        ConfigError, ReplayError, RecordingError, NumericalError: while iterating; see :func:`states_backward` and
             :class:`StepAdjoint`.
     """
 
@@ -56,7 +60,7 @@ class Replay:
         recording: Recording,
         targets: Sequence[Target],
         adjoint: StepAdjoint,
-        mode: str = "memory",
+        mode: str | Plan = "memory",
         position: tuple[int, Sequence[Cotangent]] | None = None,
     ) -> None:
         require_recorded_plan(setup, recording)
@@ -65,8 +69,12 @@ class Replay:
         self.step, self.cotangents = (recording.trace.steps, []) if position is None else (position[0], [*position[1]])
 
     def __iter__(self) -> Iterator[StepScores]:
+        keep_freed_memory()
+        with closing(states_backward(self._setup, self._recording, self._mode, self.step)) as states:
+            yield from self._steps(states)
+
+    def _steps(self, states: Iterator[State]) -> Iterator[StepScores]:
         setup, adjoint = self._setup, self._adjoint
-        states = states_backward(setup, self._recording, self._mode, self.step)
         after = next(states)
         if not self.cotangents:
             self.cotangents = [

@@ -34,6 +34,7 @@ from ._text import compact, fitted_text, plain_text, signed
 EMPHASISED = "magic"
 _MAX_PANELS = 12
 _MAX_ROWS = 40
+_MANY_POINTS = 500
 _PREDICTED_MARK, _ACTUAL_MARK = "○", "◆"
 # The emphasised method comes first; the colours are Okabe and Ito's without those that mean help and harm.
 _OTHER_COLORS = ("#009E73", "#CC79A7", "#8C6D00", "#56B4E9")
@@ -58,6 +59,15 @@ def lds_scatter_figure(
     check_length("target_names", len(target_names), targets, "targets")
     check_length("correlations", len(correlations), targets, "targets")
     said = [_correlation_in_words(correlation) for correlation in correlations]
+    note = "Across: predicted measurement.  Up: actual one, after retraining.  A point a subset; dashed: equal."
+    return scatter_panels(across, up, target_names, said, title, note)
+
+
+def scatter_panels(
+    across: np.ndarray, up: np.ndarray, names: Sequence[str], said: Sequence[str], title: str, note: str
+) -> Figure:
+    """Draw a small square panel a target: `across` and `up` (points, targets), its name and what is `said` of it."""
+    targets = across.shape[1]
     shown = min(targets, _MAX_PANELS)
     columns = 4 if shown > 6 or shown == 4 else min(shown, 3)
     axis_room, gap, right, top = 0.55, 0.2, 0.35, 1.0  # inches; half of the last number hangs over
@@ -75,12 +85,11 @@ def lds_scatter_figure(
             _draw_scatter(axes, across[:, number], up[:, number], side)
             edge = left - axis_room
             for text, size, weight, above in (
-                (target_names[number], 9, "bold", 0.4),
+                (names[number], 9, "bold", 0.4),
                 (said[number], 7.5, "normal", 0.22),
             ):
                 fitted = fitted_text(text, side + axis_room + gap - 0.05, size, weight, limit=40)
                 write(figure, edge, panel_top - above, fitted, size=size, weight=weight)
-        note = "Across: predicted measurement.  Up: actual one, after retraining.  A point a subset; dashed: equal."
         write(figure, MARGIN, bottom + 0.02, note, color=GREY)
     return figure
 
@@ -118,7 +127,8 @@ def _draw_scatter(axes: Axes, predicted: np.ndarray, actual: np.ndarray, side: f
         room = 0.05 * max(abs(low), abs(high)) or 1.0
     low, high = low - room, high + room
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.9, linestyle="--", zorder=1)
-    axes.scatter(predicted, actual, s=14, color=HELP, alpha=0.75, linewidths=0, zorder=2)
+    size = 14 if len(predicted) <= _MANY_POINTS else 4
+    axes.scatter(predicted, actual, s=size, color=HELP, alpha=0.75, linewidths=0, zorder=2)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")

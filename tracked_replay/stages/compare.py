@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from tracked_replay.recording import Recording, write_json, write_text
 from tracked_replay.stages.magic import recorded_setup
 from tracked_replay.stages.problem import Problem, publish
 from tracked_replay.stages.train import open_recording, save_figure
-from tracked_replay.tracking import StageRun, code_digest, fingerprint, names, resolve, stage_run, ui_path
+from tracked_replay.tracking import StageRun, code_digest, fingerprint, names, resolve, stage_of, stage_run, ui_path
 from tracked_replay.training import State
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ PAGE = "compare/comparison.html"
 MATRIX = "compare/matrix.json"
 MATRIX_PAGE = "compare/matrix.html"
 MOST_RUNS = 20
+CHECKED = "Every recorded file was read and is undamaged."
+UNREAD = "All digests of states agree; the checkpoint files themselves were not read (check_files reads them)."
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -85,6 +88,7 @@ def run_compare(
     *,
     max_ulp: int = 0,
     ignore: Sequence[str] = (),
+    check_files: bool = False,
     data_root: str | None = None,
     output: str | None = None,
 ) -> Compared:
@@ -97,6 +101,7 @@ def run_compare(
         run_b: likewise; several run IDs joined by commas compare each with each.
         max_ulp: see :class:`~tracked_replay.compare.Tolerance`.
         ignore: likewise.
+        check_files: whether every recorded file is read and checked first; files of paths always are.
         data_root: where the data are now, for steps that have to be taken again between two checkpoints.
         output: folder that gets page, table and figure too; needed for files, which make no run.
 
@@ -104,30 +109,48 @@ def run_compare(
         TrackedReplayError: one clear sentence about why they cannot be compared.
     """
     tolerance = Tolerance(max_ulp, tuple(ignore))
-    sides = [run_a.strip(), *(part.strip() for part in run_b.split(",") if part.strip())]
-    if not run_a.strip() or len(sides) < 2:
+    sides = [run_a.strip(), *_split(run_b)]
+    if not sides[0] or len(sides) < 2:
         raise ConfigError("run_a, run_b: two sides are needed; allowed: run IDs, or paths of checkpoint files")
     if len(sides) > MOST_RUNS:
         raise ConfigError(f"run_b: found {len(sides) - 1} runs; allowed: at most {MOST_RUNS - 1}")
     paths = [_is_path(side) for side in sides]
-    if any(paths):
-        if not all(paths) or len(sides) != 2:
-            raise ConfigError(f"run_a, run_b: found {run_a!r} and {run_b!r}; allowed: run IDs only, or two paths")
-        compared = Compared(None, (sides[0], sides[1]), {(0, 1): compare_paths(Path(run_a), Path(run_b), tolerance)})
-    else:
-        compared = _compare_runs(sides, tolerance, data_root)
+    if any(paths) and not (all(paths) and len(sides) == 2):
+        raise ConfigError(f"run_a, run_b: found {run_a!r} and {run_b!r}; allowed: run IDs only, or two paths")
     if output:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_comparison(folder, compared, {})
+        Path(output).mkdir(parents=True, exist_ok=True)
+    if any(paths):
+        compared = Compared(None, tuple(sides), {(0, 1): compare_paths(Path(sides[0]), Path(sides[1]), tolerance)})
+    else:
+        compared = _compare_runs(sides, tolerance, check_files, data_root)
+    if output:
+        write_comparison(Path(output), compared, {})
     return compared
 
 
+def _split(text: str) -> list[str]:
+    """What commas join; a path may have some of its own."""
+    if os.path.exists(text):
+        return [text]
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _is_path(side: str) -> bool:
-    return not RUN_ID.fullmatch(side) and (os.sep in side or side.endswith(".safetensors") or Path(side).exists())
+    return not RUN_ID.fullmatch(side) and (os.sep in side or side.endswith(".safetensors") or os.path.exists(side))
 
 
-def _compare_runs(sides: Sequence[str], tolerance: Tolerance, data_root: str | None) -> Compared:
+def is_influence(run_a: str) -> bool:
+    """Whether the first side of a comparison is a run of stage ``magic``, so that scores are to be compared."""
+    side = run_a.strip()
+    if not side or _is_path(side):
+        return False
+    try:
+        return stage_of(side, "run_a") == names.MAGIC
+    except RunError:
+        return False  # run_compare says what is wrong with it
+
+
+def _compare_runs(sides: Sequence[str], tolerance: Tolerance, check_files: bool, data_root: str | None) -> Compared:
     runs = [
         str(resolve(side, names.TRAIN, "run_a" if place == 0 else "run_b").info.run_id)
         for place, side in enumerate(sides)
@@ -142,7 +165,9 @@ def _compare_runs(sides: Sequence[str], tolerance: Tolerance, data_root: str | N
         comparisons = {}
         for row, column in progress(pairs, len(pairs), "compare", "pair"):
             a, b = runs[row], runs[column]
-            comparisons[row, column] = compare_two(recordings[a], recordings[b], (a, b), tolerance, data_root)
+            check_now = check_files and row == 0  # the first run's pairs have every run
+            found = compare_two(recordings[a], recordings[b], (a, b), tolerance, data_root, check_files=check_now)
+            comparisons[row, column] = _noted(found, check_files)
         compared = Compared(run.run_id, tuple(runs), comparisons)
         log_comparison(run, compared)
         return compared
@@ -154,13 +179,23 @@ def compare_two(
     runs: tuple[str, str],
     tolerance: Tolerance,
     data_root: str | None = None,
+    *,
+    check_files: bool = False,
 ) -> Comparison:
     """Compare two recordings; steps between two checkpoints are taken again where that is needed and possible here."""
     if runs[0] == runs[1]:
         summary = "The same run was given twice; it is identical to itself, and nothing was compared."
         return Comparison(*runs, "identical", summary, tolerance, steps_a=a.trace.steps, steps_b=b.trace.steps)
     sources = (_states(a, data_root), _states(b, data_root))
-    return compare_recordings(a, b, runs, tolerance, sources)
+    return compare_recordings(a, b, runs, tolerance, sources, check_files=check_files)
+
+
+def _noted(found: Comparison, check_files: bool) -> Comparison:
+    """Say of runs whose digests all agree whether their checkpoints were read."""
+    agree = found.verdict == "identical" and not any(row.column == "state_digest" for row in found.trace)
+    if not agree or found.a == found.b:
+        return found
+    return replace(found, summary=f"{found.summary} {CHECKED if check_files else UNREAD}")
 
 
 def _states(recording: Recording, data_root: str | None) -> StateSource:
@@ -234,6 +269,7 @@ def compare(
     *,
     max_ulp: int = 0,
     ignore: Sequence[str] = (),
+    check_files: bool = False,
     data_root: str | None = None,
 ) -> Comparison:
     """Compare two finished ``train`` runs (or checkpoint files or folders) bit by bit.
@@ -243,6 +279,8 @@ def compare(
         run_b: likewise.
         max_ulp: tensor elements and losses at most this many representable numbers apart count as equal.
         ignore: tensor name patterns or aspects that do not count; see :class:`~tracked_replay.compare.Tolerance`.
+        check_files: whether every recorded file is read and checked first, so that damage is found where all digests
+            agree too.
         data_root: where the data are now.
 
     Returns:
@@ -253,5 +291,5 @@ def compare(
     """
     if "," in run_b:
         raise RunError(f"run_b: found {run_b!r}; allowed: one run ID; the command `compare` takes several")
-    compared = run_compare(run_a, run_b, max_ulp=max_ulp, ignore=ignore, data_root=data_root)
+    compared = run_compare(run_a, run_b, max_ulp=max_ulp, ignore=ignore, check_files=check_files, data_root=data_root)
     return compared.comparisons[0, 1]

@@ -29,6 +29,7 @@ from tracked_replay.lds.metasmoothness import sentence
 from tracked_replay.recording import Recording, write_aside, write_json
 from tracked_replay.replay import Target, combine
 from tracked_replay.stages.influence import Influence
+from tracked_replay.stages.influence_report import write_lds_report
 from tracked_replay.stages.problem import Problem
 from tracked_replay.stages.train import save_figure
 from tracked_replay.tracking import (
@@ -88,6 +89,9 @@ def conclude(
         logger.info("%s", sentence(smoothness))
     write_json(root / SUMMARY, _summary(table, targets, smoothness))
     _figures(root, problem, kept, targets, predicted[METHOD], actual, table)
+    write_lds_report(
+        root, problem, setup, recording, influence, kept, predicted[METHOD], actual, table, smoothness, run
+    )
     _describe(problem, influence, table, smoothness, run)
 
 

@@ -22,6 +22,7 @@ from tracked_replay.config import Config, parse_overrides
 from tracked_replay.errors import ConfigError, DataError, NumericalError, ReplayError
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, state_digest, write_json, write_text
+from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import (
     PerStepWriter,
@@ -30,7 +31,6 @@ from tracked_replay.replay import (
     ScoreSum,
     StepAdjoint,
     Target,
-    choose_mode,
     combine,
     curves,
     influence_table,
@@ -39,7 +39,10 @@ from tracked_replay.replay import (
     save_replay,
     write_influence,
 )
+from tracked_replay.replay.plan import Plan
 from tracked_replay.replay.scores import INFLUENCE, PER_STEP, TARGETS
+from tracked_replay.replay.states import choose_plan, require_budget
+from tracked_replay.stages.influence_report import write_magic_report
 from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, save_figure, train_stage
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
@@ -62,7 +65,6 @@ SECTIONS = ("seed", "data", "model", "train", "record", "replay", "report")
 REPLAY_SECTIONS = ("replay", "report")
 MEASURED_ALONE = 8  # examples whose measurement is taken once by itself, as a check
 FIGURES = 32  # targets that get figures of their own
-RESUME = "resume"  # folder of a replay under way, inside the run's workspace
 SECONDS_BETWEEN_SAVES = 30.0
 CURVES = 5  # helpful and harmful examples in a figure over training time
 
@@ -104,20 +106,25 @@ def _magic_stage(
             if may_point:
                 point_to(names.MAGIC, found, title, {"train_run_id": known})
             return Outcome(found, reused=True)
-        setup = checked_setup(problem, open_recording(known))
+        recording = open_recording(known)
+        setup = checked_setup(problem, recording)
         resume, saved = (None, None) if force else _interrupted(fingerprint, setup)
+        plan = choose_plan(problem.config.replay.mode, setup, recording, None if saved is None else saved.step)
         with stage_run(names.MAGIC, fingerprint, title, {"train_run_id": known}, resume) as run:
-            _magic(problem, setup, open_recording(known), targets, known, run, saved)
+            _magic(problem, setup, recording, targets, known, run, plan, saved)
         if resume is not None and may_point:
             point_to(names.MAGIC, resume, title, {"train_run_id": known})
         return Outcome(run.run_id, reused=False)
-    set_up(problem.config, problem.task, problem.data)  # a device that is not there leaves no run behind
+    # A device that is not there, or a budget that is too small, leaves no run behind.
+    require_budget(set_up(problem.config, problem.task, problem.data))
     with stage_run(names.MAGIC, None, title, {}) as run:
         trained = train_stage(problem, force=force).run_id
         run.tag({f"{names.INPUT}train_run_id": trained})
         run.identify(magic_fingerprint(problem, targets, trained))
         recording = open_recording(trained)
-        _magic(problem, checked_setup(problem, recording), recording, targets, trained, run)
+        setup = checked_setup(problem, recording)
+        plan = choose_plan(problem.config.replay.mode, setup, recording)
+        _magic(problem, setup, recording, targets, trained, run, plan)
         return Outcome(run.run_id, reused=False)
 
 
@@ -180,7 +187,8 @@ def _check_steps(setup: TrainingSetup, recording: Recording) -> None:
         if state_digest(after) != digests[after.step]:
             raise ReplayError(
                 f"step {checkpoint.step}: taken again from its checkpoint it leads to another state than was recorded; "
-                f"the task's code, a library, the processor or the device is not the one of the training run"
+                f"the task's code, a library, the processor, the device or the number of threads is not the one of the "
+                f"training run, or its train.reproducibility is not full"
             )
 
 
@@ -191,15 +199,17 @@ def _magic(
     targets: Sequence[Target],
     train_run_id: str,
     run: StageRun,
+    plan: Plan,
     saved: SavedReplay | None = None,
 ) -> None:
     config = problem.config
     log_problem(problem, run)
+    if run.resumed:
+        run.discard("tables", "images")
     exact = config.replay.exact
     run.tag({names.EXACT: str(exact).lower()})
     # A resumed replay keeps the first choice, which is logged already.
-    mode = choose_mode(config.replay.mode, setup, recording)
-    run.params({"targets_count": len(targets)} | ({} if run.resumed else {"replay_mode_used": mode}))
+    run.params({"targets_count": len(targets)} | ({} if run.resumed else _plan_params(plan, recording)))
     values = _measurements(setup, recording, targets)
     total = ScoreSum(targets, problem.data.num_train, recording.trace.steps)
     workspace = Workspace.of(run.run_id)
@@ -207,7 +217,7 @@ def _magic(
         root = Path(folder)
         write_text(root / CONFIG, config.to_toml())
         adjoint = StepAdjoint(setup.step, config.replay)
-        _replay(setup, recording, targets, adjoint, mode, total, aside, saved, run)
+        _replay(setup, recording, targets, adjoint, plan, total, aside, saved, run)
         labels = problem.data.train.labels.cpu().numpy()
         write_influence(root, influence_table(targets, total.scores, labels))
         write_json(root / TARGETS, [target.to_json_dict() | {"measurement": value} for target, value in values])
@@ -217,16 +227,27 @@ def _magic(
             for name, count in dataclasses.asdict(adjoint.clips).items():
                 run.metric(f"clip/steps_{name}", count)
         _figures(root, aside, problem, recording, values, total)
+        write_magic_report(root, aside, problem, setup, recording, values, total, train_run_id, run)
         for place, (target, _) in enumerate(values[:FIGURES]):
             if len(target.indices) == 1:
                 picture = problem.task.draw(problem.data.evaluation.inputs[target.indices[0]])
                 run.image(picture, key="targets", step=place)
         run.table(_top_examples(problem, targets, total.scores), "tables/top_examples.json")
-        run.describe(_description(problem, targets, train_run_id, mode, exact))
+        run.describe(_description(problem, targets, train_run_id, run.run_id, plan.mode, exact))
         if config.replay.per_step:
             shutil.copytree(aside / PER_STEP, root / PER_STEP)
         publish(run, root)
-        shutil.rmtree(aside)
+
+
+def _plan_params(plan: Plan, recording: Recording) -> dict[str, object]:
+    return {
+        "replay_mode_used": plan.mode,
+        "replay_plan_keeps": plan.keeps,
+        "replay_plan_states": plan.held,
+        "replay_plan_bytes": plan.held * recording.final.bytes,
+        "replay_plan_needed_steps": plan.needed,
+        "replay_plan_recomputed_steps": plan.recomputed,
+    }
 
 
 def _replay(
@@ -234,7 +255,7 @@ def _replay(
     recording: Recording,
     targets: Sequence[Target],
     adjoint: StepAdjoint,
-    mode: str,
+    plan: Plan,
     total: ScoreSum,
     aside: Path,
     saved: SavedReplay | None,
@@ -248,10 +269,11 @@ def _replay(
         saved.restore(total, per_step, adjoint.clips)
         position, done = (saved.step, saved.cotangents), steps - saved.step
         logger.info("going on at step %d of an interrupted replay, run %s", saved.step, run.run_id)
+    what = _plan_in_words(plan, setup, recording)
+    logger.info("replaying %d steps for %d targets (%s mode): %s", steps - done, len(targets), plan.mode, what)
     started = last_saved = time.perf_counter()
-    logger.info("replaying %d steps for %d targets (%s mode)", steps - done, len(targets), mode)
-    replay = Replay(setup, recording, targets, adjoint, mode, position)
-    for step in progress(replay, steps, f"replay ({mode})", done=done):
+    replay = Replay(setup, recording, targets, adjoint, plan, position)
+    for step in progress(replay, steps, f"replay ({plan.mode})", done=done):
         total.add(step)
         per_step.add(step)
         if time.perf_counter() - last_saved >= SECONDS_BETWEEN_SAVES:
@@ -259,6 +281,15 @@ def _replay(
             last_saved = time.perf_counter()
     per_step.flush()
     run.metric("replay/seconds", time.perf_counter() - started)
+
+
+def _plan_in_words(plan: Plan, setup: TrainingSetup, recording: Recording) -> str:
+    words, again = plan.describe(recording.final.bytes), plan.needed + plan.recomputed
+    if not again:
+        return words
+    started = time.perf_counter()  # others were taken before, so that nothing is made for the first time
+    setup.take(setup.initial)
+    return f"{words}, in about {again * (time.perf_counter() - started):.1f} s"
 
 
 def _measurements(setup: TrainingSetup, recording: Recording, targets: Sequence[Target]) -> list[tuple[Target, float]]:
@@ -369,16 +400,20 @@ def _figures(
     save_figure(root, "influence-share-over-training", share)
 
 
-def _description(problem: Problem, targets: Sequence[Target], train_run_id: str, mode: str, exact: bool) -> str:
+def _description(
+    problem: Problem, targets: Sequence[Target], train_run_id: str, run_id: str, mode: str, exact: bool
+) -> str:
     shown = ", ".join(target.name for target in targets[:12]) + (", …" if len(targets) > 12 else "")
     kind = "Exact influence" if exact else "**Inexact** influence (clipping was on)"
     return (
-        f"{kind} of each of the {problem.data.num_train} training examples of {problem.task.name} on the "
-        f"targets {shown}.\n\n"
+        f"{kind} of each of the {problem.data.num_train} training examples of "
+        f"{report.markdown_text(problem.task.name)} on the targets {shown}.\n\n"
         f"A positive score means that the example raises the measurement (for a loss: it harms).\n\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
         f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest\n"
-        f"- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores(run_id)`\n"
+        f"- to look at: `report/index.html` among the artifacts\n"
+        f'- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores("{run_id}")`\n'
+        f"- next, how far they can be trusted: `tracked-replay lds --magic-run-id {run_id}`\n"
     )
 
 

@@ -154,6 +154,24 @@ class MainParameters(LdsParameters):
     example: ClassVar[str] = "--targets 0-7 --subsets 24"
 
 
+class SuspectsParameters(StageParameters):
+    """Rank all training examples by how suspicious they are: mislabelled, hard, or harmful.
+
+    Trains and replays first where no finished run matches. Where data.flip_labels put wrong labels in, it also says
+    how well each ranking finds them.
+    """
+
+    example: ClassVar[str] = "--train-run-id RUN_ID"
+
+    train_run_id: str = Field(
+        default="", description="a finished train run to look at; empty: find or make one", examples=["4f0c…"]
+    )
+    share: str = Field(default="0.05", description="share of the training examples that counts as the top of a ranking")
+    checkpoints: str = Field(
+        default="10", description="recorded states along the training that are looked at, at most one an epoch"
+    )
+
+
 class VerifyParameters(StageParameters):
     """Check a recorded run: order, trace, weights, initial model, config, digests, and a retraining.
 
@@ -193,8 +211,17 @@ class CompareParameters(CommonParameters):
         description="what does not count: data, lr, loss, generators, or patterns of tensor names, joined by commas",
         examples=["momentum/*"],
     )
+    check_files: bool = Field(
+        default=False,
+        description="check every recorded file first; without it no checkpoint is read where all digests agree",
+    )
     data_root: str = RECORDED_DATA_ROOT
     output: str = Field(default="", description="folder that also gets page, table and figure", examples=["out"])
+
+    @field_validator("check_files", mode="before")
+    @classmethod
+    def _empty_is_no_check(cls, value: object) -> object:
+        return False if value == "" else value
 
 
 class ReproduceParameters(CommonParameters):

@@ -75,9 +75,11 @@ def _show_environment(differing: Sequence[Difference]) -> None:
     if not differing:
         logger.info("this environment is the recorded one")
         return
-    logger.info("this environment differs from the recorded one in %d values:", len(differing))
-    for difference in differing[:SHOWN]:
-        logger.info("  %s: recorded %s, here %s", difference.name, difference.a, difference.b)
+    count = f"{len(differing)} value{'s' * (len(differing) != 1)}"
+    logger.info("this environment differs from the recorded one in %s:", count)
+    for name, *sides in differing[:SHOWN]:
+        recorded, here = ("not there" if side is None else side for side in sides)
+        logger.info("  %s: recorded %s, here %s", name, recorded, here)
     if len(differing) > SHOWN:
         logger.info("  and %d more", len(differing) - SHOWN)
 
@@ -91,7 +93,19 @@ def _certify(run: StageRun, recorded: str, again: str, fingerprint: str, data_ro
     return Reproduced(run.run_id, compared, certificate)
 
 
-def run_check_certificate(certificate: str, train_run_id: str = "") -> list[str]:
+class Checked(NamedTuple):
+    """A certificate that holds.
+
+    Attributes:
+        certificate: what it says.
+        held: what was checked, for people.
+    """
+
+    certificate: Certificate
+    held: list[str]
+
+
+def run_check_certificate(certificate: str, train_run_id: str = "") -> Checked:
     """Check a certificate against the run it is about, without training.
 
     Args:
@@ -99,7 +113,7 @@ def run_check_certificate(certificate: str, train_run_id: str = "") -> list[str]
         train_run_id: the run it must be about; the one it names where this is empty.
 
     Returns:
-        What was checked, for people.
+        The certificate and what of it was checked; its verdict may well be ``different``.
 
     Raises:
         TrackedReplayError: naming the first thing that does not hold.
@@ -115,7 +129,7 @@ def run_check_certificate(certificate: str, train_run_id: str = "") -> list[str]
     except TrackedReplayError as error:
         logger.warning("the reproduced run is not checked: %s", error)
         reproduced = None
-    return check_certificate(found, open_recording(found.run_id), fingerprint, reproduced)
+    return Checked(found, check_certificate(found, open_recording(found.run_id), fingerprint, reproduced))
 
 
 def _read_certificate(text: str) -> Certificate:

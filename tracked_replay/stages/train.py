@@ -8,14 +8,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from tracked_replay import report
 from tracked_replay.config import Config
-from tracked_replay.determinism import derive_component_seed, deterministic_context
-from tracked_replay.errors import RecordingError
+from tracked_replay.determinism import (
+    GeneratorStates,
+    capture_generator_states,
+    derive_component_seed,
+    deterministic_context,
+    restore_generator_states,
+)
+from tracked_replay.errors import RecordingError, TrackedReplayError
 from tracked_replay.progress import progress
-from tracked_replay.recording import Recorder, Recording, Unfinished, find_unfinished, write_json
+from tracked_replay.recording import (
+    Recorder,
+    Recording,
+    Unfinished,
+    find_unfinished,
+    state_digest,
+    write_aside,
+    write_json,
+)
+from tracked_replay.recording.recorder import checkpoint_distance, checkpoint_steps
 from tracked_replay.stages.problem import Problem, task_errors
 from tracked_replay.tasks import BUILT_IN_TASKS
 from tracked_replay.tracking import (
@@ -37,6 +54,7 @@ logger = logging.getLogger(__name__)
 SECTIONS = ("seed", "data", "model", "train", "record")
 TASK_COPY = "config/task"
 DATA = "config/data.json"
+FLIPPED = "config/flipped_labels.parquet"
 ACCURACY = "epoch/evaluation_accuracy"
 
 
@@ -73,23 +91,48 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
             point_to(names.TRAIN, found, title, {})
         return Outcome(found, reused=True)
     with task_errors(problem.config):
-        # Made before the run starts: a device that is not there or a batch that is too large leaves no run behind.
+        # Before the run starts: a device that is not there, a batch that is too large or a budget that is too small
+        # leaves no run behind.
         setup = set_up(problem.config, problem.task, problem.data)
-        resume, unfinished = (None, None) if force else _interrupted(fingerprint)
+        checkpoint_distance(setup)
+        generators = capture_generator_states()
+        resume, unfinished = (None, None) if force else _interrupted(fingerprint, setup)
         with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:
-            _train(problem, setup, run, unfinished)
+            _train(problem, setup, run, generators, unfinished)
         if resume is not None and may_point:
             point_to(names.TRAIN, resume, title, {})
         return Outcome(run.run_id, reused=False)
 
 
-def _interrupted(fingerprint: str) -> tuple[str | None, Unfinished | None]:
-    """The newest interrupted run of a training that has a state to go on from."""
+def _interrupted(fingerprint: str, setup: TrainingSetup) -> tuple[str | None, Unfinished | None]:
+    """The newest interrupted run of a training that has a state to go on from here."""
     for run_id in find_interrupted(names.TRAIN, fingerprint):
-        unfinished = find_unfinished(Workspace.of(run_id).folder)
-        if unfinished is not None:
+        folder = Workspace.of(run_id).folder
+        unfinished = find_unfinished(folder)
+        if unfinished is None:
+            continue
+        if _repeats(setup, folder, unfinished):
             return run_id, unfinished
+        logger.warning("the interrupted training run %s is left alone: its bits are not repeated here", run_id)
     return None, None
+
+
+def _repeats(setup: TrainingSetup, folder: Path, unfinished: Unfinished) -> bool:
+    """Whether a step before the interruption, taken again, leads to the recorded state.
+
+    A recording whose parts were computed by machines of different bits could be replayed on neither.
+    """
+    digests = [*(row.digest for row in unfinished.rows), state_digest(unfinished.state)]
+    try:
+        restore_generator_states(unfinished.generators)
+        earlier = find_unfinished(folder, before=unfinished.state.step)
+        if earlier is None:
+            return state_digest(setup.initial) == digests[0]
+        restore_generator_states(earlier.generators)
+        (after, _), _ = setup.take(earlier.state.to(setup.device))
+    except TrackedReplayError:
+        return False
+    return state_digest(after) == digests[after.step]
 
 
 def open_recording(run_id: str) -> Recording:
@@ -101,14 +144,21 @@ def open_recording(run_id: str) -> Recording:
     return Recording(artifacts_of(run.info.run_id), identity)
 
 
-def _train(problem: Problem, setup: TrainingSetup, run: StageRun, unfinished: Unfinished | None) -> None:
+def _train(
+    problem: Problem, setup: TrainingSetup, run: StageRun, generators: GeneratorStates, unfinished: Unfinished | None
+) -> None:
     plan = setup.plan
     state = setup.initial if unfinished is None else unfinished.state.to(setup.device)
     how = "training" if unfinished is None else f"going on at step {state.step} of an interrupted training of"
     logger.info("%s %d steps of %d examples, run %s", how, plan.steps, problem.config.train.batch_size, run.run_id)
     log_problem(problem, run)
+    if problem.config.record.budget:
+        every = checkpoint_distance(setup)
+        run.params({"record_every_used": every})
+        logger.info("keeping %d states, one every %d steps (record.budget)", len(checkpoint_steps(setup)), every)
     workspace = Workspace.of(run.run_id)
     curves = _Curves(problem, setup, run)
+    restore_generator_states(generators)  # MLflow draws a run's name, where it was not given a run
     with workspace.opened() as root, Recorder(root, setup, unfinished) as recorder:
         _describe_data(problem, root)
         for row in () if unfinished is None else unfinished.rows:
@@ -120,9 +170,9 @@ def _train(problem: Problem, setup: TrainingSetup, run: StageRun, unfinished: Un
             curves.step(record.before.step, record.loss)
             curves.end_of_epoch(state)
         _figure(root, setup, curves)
-        identity = recorder.finish(state)
-    run.tag({names.DIGESTS: identity})
-    workspace.publish()
+        run.describe(_description(problem, setup, curves, run.run_id))
+        run.tag({names.DIGESTS: recorder.finish(state)})
+        workspace.publish()
 
 
 class _Curves:
@@ -200,6 +250,11 @@ def _describe_data(problem: Problem, root: Path) -> None:
         "code": problem.code,
     }
     write_json(root / DATA, content)
+    indices, true_labels = data.flipped
+    if len(indices):
+        labels = data.train.labels.cpu().numpy()[indices]
+        flipped = pa.table({"train_index": indices, "label": labels, "true_label": true_labels})
+        write_aside(root / FLIPPED, lambda temporary: pq.write_table(flipped, temporary))
     if problem.config.data.task in BUILT_IN_TASKS:
         return
     shutil.rmtree(root / TASK_COPY, ignore_errors=True)
@@ -207,6 +262,23 @@ def _describe_data(problem: Problem, root: Path) -> None:
     for place, path in enumerate(problem.task.source_files()):
         copy = root / TASK_COPY / path.name
         shutil.copyfile(path, copy if not copy.exists() else copy.with_name(f"{place}-{path.name}"))
+
+
+def _description(problem: Problem, setup: TrainingSetup, curves: _Curves, run_id: str) -> str:
+    plan, config, data = setup.plan, problem.config, problem.data
+    last = plan.epochs == plan.epochs[-1]
+    lines = [
+        f"A deterministic training of {report.markdown_text(problem.task.name)}, recorded so that it can be replayed "
+        f"and trained again bit for bit.\n",
+        f"- {plan.steps} steps of {config.train.batch_size} examples out of {data.num_train}, "
+        f"{config.train.epochs} epochs, master seed {config.seed}, {config.train.dtype} on {config.train.device}",
+        f"- training loss in the last epoch: {curves.losses[last].mean():.4g}",
+    ]
+    if curves.accuracies:
+        accuracy = curves.accuracies[max(curves.accuracies)]
+        lines.append(f"- accuracy on {data.num_evaluation} evaluation examples: {accuracy:.1%}")
+    lines.append(f"- next: `tracked-replay magic --train-run-id {run_id} --targets 0-7`")
+    return "\n".join(lines)
 
 
 def _figure(root: Path, setup: TrainingSetup, curves: _Curves) -> None:

@@ -18,6 +18,8 @@ from mlflow.utils.uri import is_local_uri
 
 from tracked_replay.errors import RecordingError, TrackedReplayError
 from tracked_replay.recording import Fetch
+from tracked_replay.recording.journal import FOLDER as RESUME
+from tracked_replay.tracking import names
 
 CACHE = "TRACKED_REPLAY_CACHE"
 
@@ -44,7 +46,10 @@ class Workspace:
 
     @contextmanager
     def opened(self, name: str = "") -> Iterator[Path]:
-        """A folder in it, made here; an interruption leaves it to be gone on from, an error of ours removes it.
+        """The workspace, or a folder in it that is needed until the end only; made here.
+
+        An interruption leaves it to be gone on from. An error of ours removes it, and so does the end, which leaves
+        nothing but the run's artifacts.
 
         Args:
             name: of the folder; the whole workspace where it is empty.
@@ -54,14 +59,24 @@ class Workspace:
         try:
             yield folder
         except TrackedReplayError:
-            shutil.rmtree(folder)  # it would come again at the same step, so nothing is half there for nothing
+            self._remove(folder)  # it would come again at the same step, so nothing is half there for nothing
             raise
+        if name or not self.in_place:
+            self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        shutil.rmtree(folder if self.in_place else self.folder)
 
     def publish(self) -> None:
-        """Make what is in the folder the run's artifacts."""
-        if not self.in_place:
-            MlflowClient().log_artifacts(self.run_id, str(self.folder))
-            shutil.rmtree(self.folder)
+        """Make what is in the workspace the run's artifacts, but for what it is gone on from."""
+        if self.in_place:
+            return
+        client = MlflowClient()
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir() and path.name != RESUME:
+                client.log_artifacts(self.run_id, str(path), path.name)
+            elif path.is_file():
+                client.log_artifact(self.run_id, str(path))
 
 
 def cache_folder() -> Path:
@@ -87,20 +102,27 @@ def artifact_source(client: MlflowClient, run_id: str) -> Fetch:
         if local is not None:
             path = local / name
             if not path.is_file():
-                raise RecordingError(f"{name} is missing from the artifacts of run {run_id}")
+                raise RecordingError(f"{name} is missing from the artifacts of run {run_id}{_cleaned(client, run_id)}")
             yield path
             return
         folder = Path(tempfile.mkdtemp(prefix="tracked-replay-"))
         try:
-            yield _download(run_id, name, folder)
+            yield _download(client, run_id, name, folder)
         finally:
             shutil.rmtree(folder)
 
     return fetch
 
 
-def _download(run_id: str, name: str, folder: Path) -> Path:
+def _cleaned(client: MlflowClient, run_id: str) -> str:
+    kinds = client.get_run(run_id).data.tags.get(names.CLEANED)
+    return f"; clean removed its {kinds}" if kinds else ""
+
+
+def _download(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path:
     try:
         return Path(download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
-        raise RecordingError(f"{name} cannot be fetched from the artifacts of run {run_id}: {error}") from error
+        raise RecordingError(
+            f"{name} cannot be fetched from the artifacts of run {run_id}{_cleaned(client, run_id)}: {error}"
+        ) from error

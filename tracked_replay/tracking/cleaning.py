@@ -24,7 +24,7 @@ from mlflow.utils.uri import is_local_uri
 from tracked_replay.errors import RecordingError, RunError
 from tracked_replay.tracking import names
 from tracked_replay.tracking.process import close_abandoned
-from tracked_replay.tracking.runs import _existing
+from tracked_replay.tracking.runs import existing_run
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Reader(NamedTuple):
     Attributes:
         run_id: its ID.
         stage: what made it.
-        status: FINISHED, or RUNNING (or SCHEDULED).
+        status: FINISHED or RUNNING.
         cleaned: kinds of its own artifacts that were removed.
     """
 
@@ -97,19 +97,22 @@ class EndedRun:
         return tuple(EndedRun(run) for run in found)
 
     def readers(self, parameter: str) -> tuple[Reader, ...]:
-        """The FINISHED and RUNNING runs of all experiments that have this one as an input.
+        """The runs of all experiments that have this one as an input: the RUNNING ones, then the FINISHED ones.
 
         Args:
-            parameter: by which they name it, for example ``train_run_id``.
+            parameter: by which a FINISHED one must name it, for example ``train_run_id``.
         """
-        wanted = f"tags.`{names.INPUT}{parameter}` = '{self.run_id}'"
-        found = mlflow.search_runs(filter_string=wanted, search_all_experiments=True, output_format="list")
-        runs = [_closed_if_abandoned(run) for run in found if names.REUSES not in run.data.tags]
+        finished = _everywhere(f"attributes.status = 'FINISHED' and tags.`{names.INPUT}{parameter}` = '{self.run_id}'")
+        running = [run for run in _everywhere("attributes.status = 'RUNNING'") if self._is_input_of(run)]
+        running = [run for run in map(_closed_if_abandoned, running) if not _has_ended(run)]
         return tuple(
             Reader(str(run.info.run_id), run.data.tags.get(names.STAGE, ""), str(run.info.status), _cleaned(run))
-            for run in runs
-            if run.info.status == "FINISHED" or not _has_ended(run)
+            for run in (*running, *finished)
+            if names.REUSES not in run.data.tags
         )
+
+    def _is_input_of(self, run: Run) -> bool:
+        return any(key.startswith(names.INPUT) and value == self.run_id for key, value in run.data.tags.items())
 
     def mark(self, kinds: Sequence[str], *, reusable: bool) -> None:
         """Note that artifacts are about to be removed.
@@ -119,7 +122,9 @@ class EndedRun:
             reusable: whether what is left is still the run's result; else no stage takes it or goes on with it.
         """
         client = MlflowClient()
-        found = () if reusable else {names.FINGERPRINT, names.PENDING} & self._run.data.tags.keys()
+        # A FINISHED run is only ever reused, so it may keep what says what it computed.
+        tags = [names.FINGERPRINT] if self._run.info.status == "FINISHED" else [names.FINGERPRINT, names.PENDING]
+        found = [tag for tag in tags if tag in self._run.data.tags and not reusable]
         for tag in found:
             client.delete_tag(self.run_id, tag)
         if found:
@@ -148,7 +153,7 @@ class EndedRun:
 
 
 def _ended(run_id: str, parameter: str) -> Run:
-    run = _existing(run_id, parameter)
+    run = existing_run(run_id, parameter)
     if run.info.lifecycle_stage != "active":
         raise RunError(
             f"{parameter}: run {run_id} is deleted; `mlflow gc` removes deleted runs with their artifacts, "
@@ -160,6 +165,11 @@ def _ended(run_id: str, parameter: str) -> Run:
     if not _has_ended(run):
         raise RunError(f"{parameter}: run {run_id} is {run.info.status}; allowed: a run that has ended")
     return run
+
+
+def _everywhere(wanted: str) -> list[Run]:
+    found: list[Run] = mlflow.search_runs(filter_string=wanted, search_all_experiments=True, output_format="list")
+    return found
 
 
 def _has_ended(run: Run) -> bool:

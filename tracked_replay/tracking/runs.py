@@ -19,6 +19,7 @@ import numpy as np
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
@@ -31,6 +32,7 @@ from tracked_replay.tracking.process import close_abandoned, this_process
 
 logger = logging.getLogger(__name__)
 
+MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # holds the run that `mlflow run` made before the stage started
 METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
 PARAMS_PER_CALL = 100
 CANDIDATES = 20  # interrupted runs that are looked at
@@ -44,7 +46,8 @@ class StageRun:
         run_id: its ID.
         fingerprint: identity of its result; a stage that only knows its inputs later sets it before it ends.
         reusable: whether a later stage may take the result for its own; a stage with parts missing says no.
-        resumed: whether it goes on from an interruption; metrics that were logged before are then not logged again.
+        resumed: whether it goes on from an interruption; metrics and parameters that were logged before are then not
+            logged again.
     """
 
     def __init__(self, run_id: str, fingerprint: str | None = None, *, resumed: bool = False) -> None:
@@ -67,7 +70,9 @@ class StageRun:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters for browsing; MLflow cuts long values, so the config artifact is the truth."""
-        rows = [Param(name, str(value)) for name, value in values.items()]
+        # Fields that the result does not depend on may have changed since; MLflow takes no second value.
+        logged = self._client.get_run(self.run_id).data.params if self.resumed else {}
+        rows = [Param(name, str(value)) for name, value in values.items() if name not in logged]
         for first in range(0, len(rows), PARAMS_PER_CALL):
             self._client.log_batch(self.run_id, params=rows[first : first + PARAMS_PER_CALL])
 
@@ -97,6 +102,13 @@ class StageRun:
     def artifacts(self, folder: Path) -> None:
         """Log all files under a folder, at the same paths."""
         self._client.log_artifacts(self.run_id, str(folder))
+
+    def discard(self, *folders: str) -> None:
+        """Remove what an interrupted attempt logged as tables or images, which MLflow would add to."""
+        repository = get_artifact_repository(self._client.get_run(self.run_id).info.artifact_uri)
+        for folder in folders:
+            for file in repository.list_artifacts(folder):
+                repository.delete_artifacts(file.path)
 
     def table(self, columns: Mapping[str, list[Any]], path: str) -> None:
         """Log a table that the UI shows (JSON)."""
@@ -143,6 +155,7 @@ def stage_run(
     """
     parent = mlflow.active_run()
     close_abandoned(active_experiment())
+    made_by_mlflow = os.environ.get(MADE_BY_MLFLOW)
     with _termination_as_interrupt():
         run = mlflow.start_run(run_id=resume, nested=parent is not None, log_system_metrics=True)
         status = "FAILED"
@@ -165,6 +178,8 @@ def stage_run(
             raise
         finally:
             mlflow.end_run(status)
+            if resume and made_by_mlflow and status == "FINISHED":
+                os.environ[MADE_BY_MLFLOW] = made_by_mlflow  # not taken over, and MLflow forgets it when any run ends
 
 
 @contextmanager
@@ -195,8 +210,8 @@ def active_experiment() -> str:
     active = mlflow.active_run()
     if active is not None:
         return str(active.info.experiment_id)
-    if "MLFLOW_RUN_ID" in os.environ:
-        return str(MlflowClient().get_run(os.environ["MLFLOW_RUN_ID"]).info.experiment_id)
+    if MADE_BY_MLFLOW in os.environ:
+        return str(MlflowClient().get_run(os.environ[MADE_BY_MLFLOW]).info.experiment_id)
     return str(mlflow.tracking.fluent._get_experiment_id())
 
 
@@ -233,7 +248,7 @@ def resolve(run_id: str, stage: str, parameter: str) -> Run:
     Raises:
         RunError: the run does not exist, is deleted, is of another stage, or is not FINISHED.
     """
-    run = _existing(run_id, parameter)
+    run = existing_run(run_id, parameter)
     if run.info.lifecycle_stage != "active":
         raise RunError(f"{parameter}: run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
     found = run.data.tags.get(names.STAGE)
@@ -245,13 +260,19 @@ def resolve(run_id: str, stage: str, parameter: str) -> Run:
     if names.REUSES not in run.data.tags:
         return run
     # One hop only: a stage never points to a run that points on, and tags that people set could form a ring.
-    reused = _existing(run.data.tags[names.REUSES], f"{parameter}: the tag {names.REUSES} of run {run_id}")
+    reused = existing_run(run.data.tags[names.REUSES], f"{parameter}: the tag {names.REUSES} of run {run_id}")
     if names.REUSES in reused.data.tags:
         raise RunError(f"{parameter}: run {run_id} points to run {reused.info.run_id}, which points on to another run")
     return resolve(reused.info.run_id, stage, parameter)
 
 
-def _existing(run_id: str, parameter: str) -> Run:
+def stage_of(run_id: str, parameter: str) -> str | None:
+    """The stage that made a run, whatever its status; ``None`` for a run of another program. Raises RunError."""
+    return tag_of(existing_run(run_id, parameter), names.STAGE)
+
+
+def existing_run(run_id: str, parameter: str) -> Run:
+    """The run that a parameter names, whatever its stage and status. Raises RunError."""
     if not isinstance(run_id, str) or not RUN_ID_FORM.fullmatch(run_id):
         shown = repr(run_id) if len(repr(run_id)) <= 80 else f"{repr(run_id)[:80]}…"
         raise RunError(
@@ -292,7 +313,7 @@ def point_to(stage: str, run_id: str, name: str, inputs: Mapping[str, str]) -> s
     Returns:
         The ID of the pointing run, or None where there is none to close.
     """
-    if "MLFLOW_RUN_ID" not in os.environ:
+    if MADE_BY_MLFLOW not in os.environ:
         return None
     with mlflow.start_run() as run:
         pointing = StageRun(run.info.run_id)

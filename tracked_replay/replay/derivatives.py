@@ -1,0 +1,347 @@
+"""BatchNorm, GELU and convolution with first and second derivatives written out by hand.
+
+The replay differentiates a step's gradient once more for every target. For these three layers autograd then goes over
+the activations many times, or takes kernels that were made for something else. The functions here give the same
+derivatives on few passes, with torch's fused kernels; docs/how-it-works.md derives the formulas. What goes beyond,
+derivatives of a second derivative, autograd makes from a plain form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+aten = torch.ops.aten
+
+Maybe = Tensor | None
+
+
+def batch_norm(inputs: Tensor, weight: Maybe, bias: Maybe, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by the batch's own statistics.
+
+    Args:
+        inputs: (N, C, ...), more than one value a channel.
+        weight: (C,) or ``None`` for 1.
+        bias: (C,) or ``None`` for 0.
+        eps: added to the variance.
+
+    Returns:
+        The normalised inputs, and mean and unbiased variance of each channel, (C,).
+    """
+    return _BatchNorm.apply(inputs, weight, bias, eps)
+
+
+def gelu(inputs: Tensor, approximate: str) -> Tensor:
+    """``torch.nn.functional.gelu``; ``approximate`` is ``none`` or ``tanh``."""
+    return _Gelu.apply(inputs, approximate)
+
+
+def convolution(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` for a batch (N, C, H, W) and padding in numbers."""
+    return _Convolution.apply(inputs, weight, bias, (stride, padding, dilation, False, (0, 0), groups))
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Maybe, bias: Maybe, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        # With momentum 1 the kernel's running statistics become those of the batch.
+        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        y, saved_mean, scale = aten.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, saved_mean, scale)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, g: Maybe, g_mean: Maybe, g_variance: Maybe) -> tuple[Maybe, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        statistics = g_mean is not None or g_variance is not None
+        if g is None:
+            g = torch.zeros_like(x)
+        if statistics and not torch.is_grad_enabled():
+            gx, gw, gb = _batch_norm_gradient_with_statistics(g, x, weight, mean, scale, g_mean, g_variance)
+        else:
+            gx, gw, gb = _BatchNormGradient.apply(g, x, weight, mean, scale, ctx.eps)
+            if statistics:
+                gx = gx + _statistics_gradient(x, g_mean, g_variance)
+        return gx, None if weight is None else gw, gb if ctx.needs_input_grad[2] else None, None
+
+
+class _BatchNormGradient(Function):
+    """(g, x, γ) → the gradients with respect to x, γ and β."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        g = _laid_out_like(g, x)
+        gx, gw, gb = _native_gradient(g, x, weight, mean, scale)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, weight, mean, scale, gw, gb)
+        return gx, gw, gb
+
+    @staticmethod
+    def backward(ctx: Any, a: Maybe, b: Maybe, c: Maybe) -> tuple[Maybe, ...]:
+        g, x, weight, mean, scale, gw, gb = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = _by_autograd(_plain_batch_norm_gradient, (g, x, weight), (a, b, c), ctx.eps)
+            return *plain, None, None, None
+        values = x.numel() // x.shape[1]
+        g_mean, g_normalised = gb / values, gw / values
+        gamma = torch.ones_like(scale) if weight is None else weight
+        zero = torch.zeros_like(scale)
+        if a is None:
+            a_mean = a_normalised = product = zero
+        else:
+            a = _laid_out_like(a, x)
+            _, sum_normalised, sum_ = _native_gradient(a, x, None, mean, scale, (False, True, True))
+            a_mean, a_normalised = sum_ / values, sum_normalised / values
+            product = _centred_product(a, g, g_mean) / values - g_normalised * a_normalised
+        on_normalised = (zero if b is None else b) - gamma * scale * a_normalised
+        on_a = gamma * scale
+        constant = (zero if c is None else c) - on_a * a_mean
+        result_g = _affine(x, on_normalised, mean, scale, constant, [(a, on_a)])
+        result_weight = None if weight is None else scale * product * values
+        if not ctx.needs_input_grad[1]:
+            return result_g, None, result_weight, None, None, None
+        on_g, on_a = scale * on_normalised, -gamma * scale.square() * g_normalised
+        on_normalised = -gamma * scale.square() * product - on_g * g_normalised - on_a * a_normalised
+        constant = -on_g * g_mean - on_a * a_mean
+        result_x = _affine(x, on_normalised, mean, scale, constant, [(a, on_a), (g, on_g)])
+        return result_g, result_x, result_weight, None, None, None
+
+
+def _native_gradient(
+    g: Tensor,
+    x: Tensor,
+    weight: Maybe,
+    mean: Tensor,
+    scale: Tensor,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's fused kernel; the eps among its arguments belongs to another mode."""
+    return aten.native_batch_norm_backward(g, x, weight, None, None, mean, scale, True, 0.0, wanted)
+
+
+def _centred_product(a: Tensor, g: Tensor, mean: Tensor) -> Tensor:
+    """Σ a · (g − mean) for each channel, (C,): what the kernel takes for the gradient with respect to γ."""
+    return _native_gradient(a, g, None, mean, torch.ones_like(mean), (False, True, False))[1]
+
+
+def _batch_norm_gradient_with_statistics(
+    g: Tensor, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor, g_mean: Maybe, g_variance: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = _laid_out_like(g, x)
+    values = x.numel() // x.shape[1]
+    _, gw, gb = _native_gradient(g, x, weight, mean, scale, (False, True, True))
+    on_g = scale if weight is None else scale * weight
+    on_normalised = -on_g * gw / values
+    if g_variance is not None:
+        on_normalised = on_normalised + g_variance * (2 / (values - 1)) / scale
+    constant = -on_g * gb / values
+    if g_mean is not None:
+        constant = constant + g_mean / values
+    return _affine(x, on_normalised, mean, scale, constant, [(g, on_g)]), gw, gb
+
+
+def _statistics_gradient(x: Tensor, g_mean: Maybe, g_variance: Maybe) -> Tensor:
+    """What mean and unbiased variance add to the gradient with respect to x, as plain operations."""
+    values = x.numel() // x.shape[1]
+    part = torch.zeros_like(x)
+    if g_mean is not None:
+        part = part + _by_channel(g_mean, x) / values
+    if g_variance is not None:
+        part = part + (x - _channel_mean(x)) * (_by_channel(g_variance, x) * (2 / (values - 1)))
+    return part
+
+
+def _plain_batch_norm_gradient(g: Tensor, x: Tensor, weight: Maybe, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    centred = x - _channel_mean(x)
+    scale = torch.rsqrt(_channel_mean(centred.square()) + eps)
+    normalised = centred * scale
+    gx = (g - _channel_mean(g) - normalised * _channel_mean(g * normalised)) * scale
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    return gx if weight is None else gx * _by_channel(weight, x), (g * normalised).sum(dims), g.sum(dims)
+
+
+def _affine(
+    x: Tensor,
+    on_normalised: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    constant: Tensor,
+    others: Sequence[tuple[Maybe, Tensor]],
+) -> Tensor:
+    """``on_normalised · (x − mean) · scale + constant`` plus factor · tensor for each of ``others``, by channel."""
+    on_x = on_normalised * scale
+    result = torch.addcmul(_by_channel(constant - on_x * mean, x), x, _by_channel(on_x, x))
+    for tensor, factor in others:
+        if tensor is not None:
+            result.addcmul_(tensor, _by_channel(factor, x))
+    return result
+
+
+class _Gelu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        ctx.approximate, ctx.slope = approximate, None
+        ctx.save_for_backward(x)
+        return aten.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            result, ctx.slope = _GeluGradient.apply(g, x, ctx.approximate)
+            return result, None
+        if ctx.slope is None:
+            return aten.gelu_backward(g, x, approximate=ctx.approximate), None
+        return g * ctx.slope, None
+
+
+class _GeluGradient(Function):
+    """(g, x) → g · φ′(x), and φ′(x) as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+        ctx.approximate = approximate
+        g = _laid_out_like(g, x)
+        slope = aten.gelu_backward(x.new_ones(()).expand_as(x), x, approximate=approximate)
+        ctx.slope, ctx.bend = slope, _gelu_curvature(x, approximate).mul_(g)
+        ctx.mark_non_differentiable(slope)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x)
+        return g * slope, slope
+
+    @staticmethod
+    def backward(ctx: Any, a: Maybe, _: None) -> tuple[Maybe, ...]:
+        if a is None:
+            return None, None, None
+        if torch.is_grad_enabled():
+            g, x = ctx.saved_tensors
+            return *_by_autograd(_plain_gelu_gradient, (g, x), (a,), ctx.approximate), None
+        return a * ctx.slope, a * ctx.bend, None
+
+
+def _gelu_curvature(x: Tensor, approximate: str) -> Tensor:
+    """φ″(x)."""
+    square = x * x
+    if approximate == "none":  # φ″ = (2 − x²) · density
+        log_factor = x.new_tensor(-0.5 * math.log(2 * math.pi))
+        density = torch.add(log_factor, square, alpha=-0.5).exp_()
+        return torch.sub(x.new_tensor(2.0), square, out=square).mul_(density)
+    # φ = x (1 + tanh u) / 2 with u = k (x + c x³)
+    k, c = math.sqrt(2 / math.pi), 0.044715
+    tanh = torch.tanh(k * (x + c * x * square))
+    first, second = k * (1 + 3 * c * square), 6 * k * c * x
+    return (1 - tanh.square()) * (first + x * (0.5 * second - tanh * first.square()))
+
+
+def _plain_gelu_gradient(g: Tensor, x: Tensor, approximate: str) -> tuple[Tensor]:
+    return (aten.gelu_backward(g, x, approximate=approximate),)
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, geometry: tuple) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, weight)
+        return aten.convolution(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Maybe, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        return *_ConvolutionGradient.apply(g, x, weight, ctx.geometry, wanted), None
+
+
+class _ConvolutionGradient(Function):
+    """(g, x, weight) → the gradients with respect to x, weight and bias, ``None`` where they are not wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: tuple, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Maybe, ...]:
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, weight)
+        return _convolution_gradient(g, x, weight, geometry, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, a: Maybe, b: Maybe, c: Maybe) -> tuple[Maybe, ...]:
+        # All of this can be differentiated again by autograd: the tensors saved have their graphs.
+        g, x, weight = ctx.saved_tensors
+        parts = []
+        if a is not None:
+            parts.append(aten.convolution(a, weight, c, *ctx.geometry))
+        if b is not None:
+            parts.append(aten.convolution(x, b, c if a is None else None, *ctx.geometry))
+        if not parts and c is not None:
+            parts.append(_by_channel(c, g).expand_as(g))
+        result = parts[0].add_(parts[1]) if len(parts) == 2 else parts[0] if parts else None
+        # The gradient with respect to x holds the weight, that with respect to the weight holds x: b and a stand in
+        # for them.
+        wanted = (b is not None and ctx.needs_input_grad[1], a is not None and ctx.needs_input_grad[2], False)
+        result_x, result_weight, _ = _convolution_gradient(
+            g, x if a is None else a, weight if b is None else b, ctx.geometry, wanted
+        )
+        return result, result_x, result_weight, None, None
+
+
+def _convolution_gradient(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple, wanted: Sequence[bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    if not any(wanted):
+        return None, None, None
+    sizes = [weight.shape[0]] if wanted[2] else None
+    return aten.convolution_backward(g, x, weight, sizes, *geometry, list(wanted))
+
+
+def _by_autograd(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Maybe], cotangents: Sequence[Maybe], *rest: object
+) -> tuple[Maybe, ...]:
+    """Pull cotangents back through a plain function so that the result can be differentiated again."""
+    # Views, because one input may be a function of another, and only what the function itself does is asked for.
+    apart = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    made = [
+        (output, cotangent)
+        for output, cotangent in zip(function(*apart, *rest), cotangents, strict=True)
+        if cotangent is not None
+    ]
+    sources = [tensor for tensor in apart if tensor is not None and tensor.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in made], sources, [given for _, given in made], create_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(found) if tensor is not None and tensor.requires_grad else None for tensor in apart)
+
+
+def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The same values with the strides of ``other``, without which the kernels are slow."""
+    if tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_like(other).copy_(tensor)
+
+
+def _by_channel(values: Tensor, like: Tensor) -> Tensor:
+    """(C,) in the shape that broadcasts to (N, C, ...)."""
+    return values.view([1, -1] + [1] * (like.ndim - 2))
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    return x.mean([dim for dim in range(x.ndim) if dim != 1], keepdim=True)
