@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -212,14 +213,18 @@ def server(folder: Path) -> Iterator[str]:
     command = ["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command, "--workers", "1"], cwd=folder, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *command, "--workers", "1"],
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_healthy(url, process, folder / "server.log")
             yield url
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too; there is nothing to be kept
             process.wait(60)
 
 

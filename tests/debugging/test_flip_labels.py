@@ -20,7 +20,7 @@ def data_of(**changes: object) -> TaskData:
     return TaskData(TinyTask(config), config)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.0125, 0.05, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.0128, 0.05, 0.5, 0.999])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_exactly_the_share_becomes_wrong_and_nothing_else_changes(share: float, seed: int) -> None:
     before = LABELS.clone()

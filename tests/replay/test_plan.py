@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +216,15 @@ def test_too_few_states_are_refused(checkpoints: list[int], least: int) -> None:
     make_plan(checkpoints, last, least)
     with pytest.raises(ValueError, match=f"found {least - 1} states in memory at once; allowed: {least} or more"):
         make_plan(checkpoints, last, least - 1)
+
+
+def test_the_table_in_the_documentation_is_what_the_planner_says() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-it-works.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| [\d.]+ GB \| .+ \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for states, steps in rows:
+        plan = make_plan([*range(0, 2001, 50)], 2000, int(states))
+        assert (plan.held, plan.needed + plan.recomputed) == (int(states), int(steps))
 
 
 def test_the_plan_in_words() -> None:

@@ -6,16 +6,19 @@ a line of JSON out.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +73,17 @@ class Forks:
 
 
 @contextmanager
-def forks() -> Iterator[Forks]:
-    """Start the process that forks."""
+def forks(empty_database: Path) -> Iterator[Forks]:
+    """Start the process that forks; it tries MLflow out on a copy of a database."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     with subprocess.Popen(
-        [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, str(empty_database)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         yield Forks(process)
         assert process.stdin is not None
@@ -84,17 +91,19 @@ def forks() -> Iterator[Forks]:
         process.wait(60)
 
 
-def serve() -> None:
+def serve(empty_database: str) -> None:
     """Fork a process for each line of standard input."""
     import torch
 
     from tracked_replay.recording import recorder
 
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    recorder.environment_record = dict  # takes longer than a small training
     for name in IMPORTED_LATE:
         importlib.import_module(name)
-    recorder.environment_record = dict  # takes longer than a small training
-
-    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    _rehearse(empty_database)
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -102,6 +111,24 @@ def serve() -> None:
         _, status = os.waitpid(pid, 0)
         ended = {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}
         print(json.dumps(ended | {"code": 0 if ended["signal"] else os.WEXITSTATUS(status)}), flush=True)
+
+
+def _rehearse(empty_database: str) -> None:
+    """Make a run here, so that what MLflow and its database layer make once is not made in every fork."""
+    import mlflow
+    import numpy as np
+
+    from tracked_replay.tracking import find_interrupted, stage_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(empty_database, f"{folder}/mlflow.db")
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_experiment(experiment_id="0")
+        find_interrupted("rehearsal", "x")
+        with redirect_stdout(sys.stderr), stage_run("rehearsal", "x", "x", {}) as run:
+            run.params({"a": 1})
+            run.metric("a", 1.0)
+            run.dataset(np.zeros((2, 2)), np.zeros(2), "a", "b" * 32, "training")
 
 
 def _run(job: dict[str, Any]) -> None:
@@ -257,4 +284,4 @@ MOMENTS: dict[str, Callable[[int], None]] = {
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

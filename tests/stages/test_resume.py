@@ -63,8 +63,8 @@ EVERY_STEP = {
 
 
 @pytest.fixture(scope="module")
-def forked() -> Iterator[Forks]:
-    with forks() as found:
+def forked(empty_database: Path) -> Iterator[Forks]:
+    with forks(empty_database) as found:
         yield found
 
 

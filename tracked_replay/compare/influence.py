@@ -270,7 +270,7 @@ def _constant(values: np.ndarray) -> bool:
 
 def _deviations(values: np.ndarray) -> np.ndarray:
     """Deviations from the mean in a unit of about their size: scipy's own sums would over- or underflow."""
-    scaled = values
+    scaled = values / np.abs(values).max()
     deviations = scaled - scaled.mean()
     return deviations / (np.abs(deviations).max() or 1.0)
 

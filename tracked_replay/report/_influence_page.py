@@ -492,7 +492,7 @@ def class_influence(
     counts = np.bincount(labels, minlength=len(label_names))
     rows: dict[int | str, list[np.ndarray]] = {}
     for own, values in zip(classes_of_targets, scores, strict=True):
-        rows.setdefault(own, []).append(np.bincount(labels, weights=values, minlength=len(label_names)))
+        rows.setdefault(own, []).append(np.bincount(labels, weights=abs(values), minlength=len(label_names)))
     # Classes in the order of their labels, then what stands by itself.
     order = sorted(rows, key=lambda own: (1, 0) if isinstance(own, str) else (0, own))
     with np.errstate(invalid="ignore"):

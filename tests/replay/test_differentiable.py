@@ -1,0 +1,280 @@
+"""Hand-written derivatives against autograd on plain formulas, and the layout and layers of the replay's model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from tracked_replay.replay import DifferentiableModel, allocation
+from tracked_replay.replay.derivatives import batch_norm, convolution, gelu
+
+Outputs = tuple[Tensor, ...]
+EPS = 1e-3
+SHAPES = [(5, 3), (4, 3, 2), (4, 3, 2, 2), (2, 3, 2, 2, 2)]
+
+
+def plain_batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Outputs:
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    y = (x - mean.view(shape)) / (variance.view(shape) + EPS).sqrt()
+    if weight is not None and bias is not None:
+        y = y * weight.view(shape) + bias.view(shape)
+    return y, mean, x.var(dims)
+
+
+def hand_batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Outputs:
+    return batch_norm(x, weight, bias, EPS)
+
+
+def plain_gelu(x: Tensor, approximate: str) -> Tensor:
+    if approximate == "none":
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+    return x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def normal(*shape: int, seed: int, offset: float = 0.0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (values + offset).requires_grad_()
+
+
+def derivatives(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Values, gradient and derivative of the gradient, each along fixed directions."""
+    outputs = function(*inputs)
+    first = torch.autograd.grad(
+        sum((normal(*y.shape, seed=7) * y**2).sum() for y in outputs), inputs, create_graph=True
+    )
+    target = sum((normal(*g.shape, seed=8).detach() * g).sum() for g in first)
+    second = torch.autograd.grad(target + sum((y**3).sum() for y in outputs), inputs)
+    return [*outputs, *first, *second]
+
+
+def assert_same(function: Callable[..., Outputs], plain: Callable[..., Outputs], inputs: Sequence[Tensor]) -> None:
+    for found, expected in zip(derivatives(function, inputs), derivatives(plain, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+def assert_derivatives_right(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> None:
+    """First and second against finite differences, and third by asking for the second of the gradient."""
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+    def gradient(*at: Tensor) -> Outputs:
+        return torch.autograd.grad(sum((y**3).sum() for y in function(*at)), at, create_graph=True)
+
+    assert gradgradcheck(gradient, inputs)
+
+
+def affine_inputs(shape: tuple[int, ...], affine: bool) -> tuple[Tensor, ...]:
+    x = normal(*shape, seed=0, offset=2.0)
+    return (x, normal(3, seed=1), normal(3, seed=2)) if affine else (x,)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_norm_has_the_derivatives_of_the_plain_formula(shape: tuple[int, ...], affine: bool) -> None:
+    assert_same(hand_batch_norm, plain_batch_norm, affine_inputs(shape, affine))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_against_finite_differences(affine: bool) -> None:
+    assert_derivatives_right(hand_batch_norm, affine_inputs((3, 3, 2, 1), affine))
+
+
+def test_batch_norm_with_a_factor_of_zero() -> None:
+    x, weight, bias = affine_inputs((4, 3, 2, 2), True)
+    weight = torch.tensor([0.0, -1.5, 2.0], dtype=torch.float64, requires_grad=True)
+    assert_same(hand_batch_norm, plain_batch_norm, (x, weight, bias))
+
+
+def test_batch_norm_of_images_in_another_layout() -> None:
+    x, weight, bias = affine_inputs((4, 3, 2, 2), True)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert last.stride() != x.stride()
+    found = derivatives(hand_batch_norm, (last, weight, bias))
+    for one, other in zip(found, derivatives(hand_batch_norm, (x, weight, bias)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [(1,), (2,), (1, 2), (0,), (0, 2)], ids=str)
+def test_batch_norm_where_only_some_inputs_are_trained(trained: tuple[int, ...]) -> None:
+    inputs = [tensor.detach() for tensor in affine_inputs((4, 3, 2, 2), True)]
+
+    def among(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+        def of(*chosen: Tensor) -> Outputs:
+            return (function(*(dict(zip(trained, chosen, strict=True)).get(i, t) for i, t in enumerate(inputs)))[0],)
+
+        return of
+
+    chosen = [inputs[index].clone().requires_grad_() for index in trained]
+    assert_same(among(hand_batch_norm), among(plain_batch_norm), chosen)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(approximate: str) -> None:
+    x = torch.linspace(-6, 6, 40, dtype=torch.float64).view(4, 2, 5).requires_grad_()
+
+    def by_hand(x: Tensor) -> Outputs:
+        return (gelu(x, approximate),)
+
+    assert_same(by_hand, lambda x: (plain_gelu(x, approximate),), (x,))
+    assert_derivatives_right(by_hand, (x,))
+    assert_same(by_hand, lambda x: (plain_gelu(x, approximate),), (normal(seed=0),))  # a tensor without dimensions
+
+
+GEOMETRIES = list(itertools.product([(1, 1), (2, 1)], [(0, 0), (1, 2)], [(1, 1), (1, 2)], [1, 2], [True, False]))
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups", "biased"), GEOMETRIES)
+def test_convolution(stride: tuple, padding: tuple, dilation: tuple, groups: int, biased: bool) -> None:
+    x, weight = normal(2, 2, 5, 6, seed=0), normal(4, 2 // groups, 2, 3, seed=1)
+    inputs = (x, weight, normal(4, seed=2)) if biased else (x, weight)
+
+    def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Outputs:
+        return (convolution(x, weight, bias, stride, padding, dilation, groups),)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Outputs:
+        return (F.conv2d(x, weight, bias, stride, padding, dilation, groups),)
+
+    assert_same(by_hand, plain, inputs)
+    for index in range(len(inputs)):  # one input alone is differentiated, as the first layer's weight is
+        fixed = [tensor.detach() for tensor in inputs]
+
+        def alone(function: Callable[..., Outputs], index: int = index, fixed: list = fixed) -> Callable[..., Outputs]:
+            return lambda chosen: function(*fixed[:index], chosen, *fixed[index + 1 :])
+
+        assert_same(alone(by_hand), alone(plain), [inputs[index]])
+
+
+def test_convolution_against_finite_differences() -> None:
+    assert_derivatives_right(
+        lambda x, weight, bias: (convolution(x, weight, bias, (2, 1), (1, 0), (1, 1), 1),),
+        (normal(2, 2, 3, 3, seed=0), normal(2, 2, 2, 2, seed=1), normal(2, seed=2)),
+    )
+
+
+class Layout(nn.Module):
+    """Notes the layouts of what passes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __deepcopy__(self, memo: dict) -> Layout:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append("last" if x.is_contiguous(memory_format=torch.channels_last) else "usual")
+        return x
+
+
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
+
+
+class Drop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("middle", "layouts"),
+    [
+        ([nn.Flatten()], ["last", "last"]),
+        ([View()], ["last", "usual", "usual"]),
+        ([Drop(), nn.Flatten()], ["last", "usual", "usual"]),
+        ([nn.Dropout2d(), nn.Flatten()], ["last", "usual", "usual"]),
+    ],
+    ids=["plain", "view", "dropout", "dropout2d"],
+)
+def test_images_have_their_channels_last_where_the_model_allows_it(middle: list, layouts: list[str]) -> None:
+    layout = Layout()
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GELU(), layout, *middle, nn.Linear(16, 3)).double()
+    differentiable = DifferentiableModel(model)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    inputs = torch.randn(6, 2, 4, 4, dtype=torch.float64)
+
+    def seed() -> None:
+        torch.manual_seed(3)
+
+    outputs = [differentiable.training_outputs(tensors, inputs, seed) for _ in range(2)]
+    assert layout.seen == layouts
+    seed()
+    expected = functional_call(copy.deepcopy(model).train(), {k: t.clone() for k, t in tensors.items()}, (inputs,))
+    for output in outputs:
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    updated = differentiable.updated_statistics()
+    assert set(updated) == {"1.running_mean", "1.running_var"}
+
+
+def test_an_error_of_the_model_is_not_taken_for_one_of_the_layout() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(5, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        DifferentiableModel(model).training_outputs(
+            dict(model.named_parameters()), torch.randn(6, 2, 4, 4), lambda: None
+        )
+
+
+class Doubled(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_layers_that_compute_something_else_stay() -> None:
+    convolutions = [
+        nn.Conv2d(2, 2, 3, padding="same"),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
+    ]
+    model = nn.Sequential(*convolutions, Doubled(), nn.GELU("tanh"), nn.Conv2d(2, 1, 1)).double()
+    tensors = dict(model.named_parameters())
+    inputs = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    found = DifferentiableModel(model).training_outputs(tensors, inputs, lambda: None)
+    torch.testing.assert_close(found, model(inputs), rtol=1e-12, atol=1e-12)
+    (single,) = DifferentiableModel(nn.Conv2d(2, 1, 1).double()).module(inputs[0])
+    assert single.shape == (4, 4)  # one image without a batch dimension
+
+
+FAULTS = """
+import resource, torch
+from tracked_replay.replay.allocation import keep_freed_memory
+
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(30):
+        torch.ones(2**22)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
+    if allocation.platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120)
+    before, after = map(int, found.stdout.split())
+    assert before > 100
+    assert after < before / 10
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(allocation.ctypes, "CDLL", lambda name: pytest.fail("the C library was loaded"))
+    allocation.keep_freed_memory()
