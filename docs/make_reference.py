@@ -88,7 +88,19 @@ TAGS = {
     ),
 }
 
-FUNCTIONS = ("train", "magic", "lds", "counterfactual", "load_scores", "compare", "reproduce")
+FUNCTIONS = (
+    "train",
+    "magic",
+    "lds",
+    "counterfactual",
+    "load_scores",
+    "compare",
+    "compare_influence",
+    "reproduce",
+    "require_expected",
+    "restore_generators",
+    "verify_reproducibility",
+)
 CONFIG_METHODS = ("resolve", "override", "from_toml", "to_toml", "from_values", "value", "flat")
 TASK_METHODS = (
     "train_examples",

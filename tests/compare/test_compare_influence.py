@@ -55,7 +55,7 @@ def test_one_bit_is_a_difference(other: float) -> None:
     found = compare(scores, changed)
     assert (found.verdict, found.exit_code, found.targets[0].differing) == ("different", 1, 1)
     assert found.spearman == pytest.approx(1)
-    assert found.summary.startswith("Different: 1 of 41 scores (41 training examples on 1 target) differ in their bits")
+    assert found.summary == "Different: 1 of 41 scores differ in their bits (41 training examples on 1 target)."
 
 
 def test_correlations_are_those_of_ranks_and_numbers() -> None:
@@ -87,7 +87,10 @@ def test_without_variation_there_is_no_correlation() -> None:
     found = compare(vary, same)
     assert (found.targets[0].spearman, found.targets[0].pearson) == (None, None)
     assert found.spearman == found.targets[1].spearman == pytest.approx(1)
-    assert found.summary.endswith("No correlation on 0: in a run all scores there are the same.")
+    assert found.summary == (
+        "Different: 30 of 60 scores differ in their bits (30 training examples on 2 targets). "
+        "On 1 target all are equal. No correlation on 0: in a run all scores there are the same."
+    )
     neither = compare(np.full((1, 30), 2.0), np.full((1, 30), 2.0))
     assert (neither.verdict, neither.spearman, neither.pearson) == ("identical", None, None)
     zeros = compare(np.zeros((1, 30)), np.zeros((1, 30)))

@@ -22,6 +22,8 @@ from tiny import TinyTask, own_config, tiny_config, write_task
 
 import tracked_replay as tr
 from tracked_replay.recording.files import file_sha256
+from tracked_replay.replay import PerStepWriter, Target, curves
+from tracked_replay.replay.traversal import StepScores
 from tracked_replay.stages import influence_report
 from tracked_replay.tasks import load_task
 
@@ -238,3 +240,19 @@ def test_outputs_that_are_not_one_a_class_make_no_prediction(store: Path) -> Non
 def test_links_lead_to_a_server_without_its_password(hint: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(influence_report, "ui_hint", lambda run_id: hint)
     assert influence_report._url("x") == url
+
+
+def test_courses_of_several_targets_are_those_of_one_at_a_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    targets = [Target.single(4), Target.mean([0, 1], "mean:0-1"), Target.single(7)]
+    writer = PerStepWriter(tmp_path, targets)
+    for step in reversed(range(250)):
+        writer.add(StepScores(step, rng.integers(0, 12, 6), rng.normal(size=(3, 6))))
+    writer.flush()
+    examples = {4: np.array([3, 11, 0]), -1: np.array([5]), 8: np.array([1])}
+    found = influence_report.courses(tmp_path, examples, 250)
+    for target in targets[:2]:
+        expected = curves(tmp_path, target, examples[target.id].tolist(), 250)
+        np.testing.assert_allclose(found[target.id], expected, rtol=1e-12, atol=1e-15)
+        assert np.ptp(expected) > 1
+    assert not found[8].any()

@@ -214,6 +214,33 @@ KINDS = {
             "return nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3))"
         ),
     ],
+    "feature maps that are viewed": [
+        IMAGES,
+        model(
+            "class Net(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.a, self.n, self.b = nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Linear(16, 3)\n"
+            "        self.g = nn.GELU('tanh')\n"
+            "    def forward(self, x):\n"
+            "        return self.b(self.g(self.n(self.a(x))).view(len(x), -1))\n"
+            "return Net()"
+        ),
+    ],
+    "dropout of feature maps": [
+        IMAGES,
+        model(
+            "return nn.Sequential(nn.Conv2d(2, 4, 2), nn.Dropout(0.4), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), "
+            "nn.Linear(16, 3))"
+        ),
+    ],
+    "grouped and strided convolutions": [
+        IMAGES,
+        model(
+            "return nn.Sequential(nn.Conv2d(2, 4, 2, stride=(2, 1), padding=1, groups=2), nn.GELU(), "
+            "nn.Conv2d(4, 3, 2, dilation=(1, 2), bias=False), nn.BatchNorm2d(3), nn.AvgPool2d((1, 2)), nn.Flatten())"
+        ),
+    ],
     "frozen parameters": [
         model(
             "net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))\n"

@@ -300,16 +300,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _summary(found: Sequence[TargetComparison], examples: int, only_a: Sequence[str], only_b: Sequence[str]) -> str:
-    differing = [target for target in found if target.differing]
+    equal = sum(not target.differing for target in found)
     of = f"{_count(examples, 'training example')} on {_count(len(found), 'target')}"
-    if differing:
-        scores, total = sum(target.differing for target in differing), examples * len(found)
-        sentences = [
-            f"Different: {scores:,} of {total:,} scores ({of}) differ in their bits, "
-            f"those of {_count(len(differing), 'target')} among them."
-        ]
-    else:
+    if equal == len(found):
         sentences = [f"Identical bit for bit: the scores of {of}."]
+    else:
+        scores, total = sum(target.differing for target in found), examples * len(found)
+        sentences = [f"Different: {scores:,} of {total:,} scores differ in their bits ({of})."]
+        if equal:
+            sentences.append(f"On {_count(equal, 'target')} all are equal.")
     constant = [target.name for target in found if target.spearman is None]
     if constant:
         sentences.append(f"No correlation on {_listed(constant)}: in a run all scores there are the same.")

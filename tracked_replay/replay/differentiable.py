@@ -1,8 +1,9 @@
 """A model whose training step can be differentiated twice, running statistics included.
 
 Native BatchNorm updates its running statistics outside autograd and refuses gradients with respect to them in eval
-mode, so the replay differentiates a copy of the model in which every BatchNorm is written out in plain tensor
-operations. It computes the same function, equal to rounding; no state is ever taken from it.
+mode, so the replay differentiates a copy of the model in which every BatchNorm gives them as functions of its input.
+In the copy BatchNorm, GELU and convolution also have second derivatives that are cheaper than autograd's. It computes
+the same function, equal to rounding; no state is ever taken from it.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class DifferentiableConv2d(nn.Conv2d):
         return convolution(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-# The replacements of layers that only need to be faster: the same module, of a subclass with another forward pass.
+# Layers that only need to be faster stay the modules they are and get another forward pass. A subclass stays as it is.
 FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.GELU: DifferentiableGELU, nn.Conv2d: DifferentiableConv2d}
 
 
@@ -154,7 +155,8 @@ class DifferentiableModel:
         seed()
         generator = torch.get_rng_state()
         try:
-            outputs = functional_call(self.module, tensors, (inputs.contiguous(memory_format=torch.channels_last),))
+            # A copy even where the layout is this one: a model may change its inputs in place and then need the other.
+            outputs = functional_call(self.module, tensors, (inputs.clone(memory_format=torch.channels_last),))
         except RuntimeError:  # an error that is not about the layout comes again in the usual one
             return None
         return outputs if torch.equal(torch.get_rng_state(), generator) else None
@@ -165,7 +167,8 @@ class DifferentiableModel:
                 _require_plain(module, name)
                 self._replaced[id(module)] = self._normalisations[name] = DifferentiableBatchNorm(module)
             return self._replaced[id(module)]
-        module.__class__ = FASTER.get(type(module), type(module))
+        if type(module) in FASTER:
+            module.__class__ = FASTER[type(module)]
         for child_name, child in list(module._modules.items()):  # named_children() skips a layer's second name
             if child is not None:
                 setattr(module, child_name, self._replace(child, _join(name, child_name)))

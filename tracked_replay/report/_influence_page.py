@@ -390,9 +390,11 @@ def _class_table(classes: ClassInfluence, wording: _Wording) -> Mapping[str, obj
     def cell(value: float) -> _Cell:
         if math.isnan(value):
             return _Cell("", 0, "–", "no training example of this class")
-        kind = "help" if value < 0 else "harm" if value > 0 else ""
-        words = wording.verb(kind) if kind else "no influence"
-        return _Cell(kind, round(40 * abs(value) / largest), _two_places(value / unit), words)
+        text = _two_places(value / unit)
+        if not value or text == "0.00":
+            return _Cell("", 0, text, "next to none" if value else "no influence")
+        kind = "help" if value < 0 else "harm"
+        return _Cell(kind, round(40 * abs(value) / largest), text, wording.verb(kind))
 
     return {
         "unit": unit_words,
@@ -492,7 +494,7 @@ def class_influence(
     counts = np.bincount(labels, minlength=len(label_names))
     rows: dict[int | str, list[np.ndarray]] = {}
     for own, values in zip(classes_of_targets, scores, strict=True):
-        rows.setdefault(own, []).append(np.bincount(labels, weights=abs(values), minlength=len(label_names)))
+        rows.setdefault(own, []).append(np.bincount(labels, weights=values, minlength=len(label_names)))
     # Classes in the order of their labels, then what stands by itself.
     order = sorted(rows, key=lambda own: (1, 0) if isinstance(own, str) else (0, own))
     with np.errstate(invalid="ignore"):

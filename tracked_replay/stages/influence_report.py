@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch.func import functional_call
 
@@ -20,7 +21,8 @@ from tracked_replay.lds.metasmoothness import sentence
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, write_text
 from tracked_replay.recording.recorder import ENVIRONMENT
-from tracked_replay.replay import ScoreSum, Target, curves
+from tracked_replay.replay import ScoreSum, Target
+from tracked_replay.replay.scores import PER_STEP
 from tracked_replay.stages.influence import Influence
 from tracked_replay.stages.problem import Problem
 from tracked_replay.tasks import Task
@@ -88,10 +90,7 @@ def write_magic_report(
     targets, measurements = [target for target, _ in values], [value for _, value in values]
     found = Found(problem, setup, recording, targets, measurements, total.scores, problem.config.replay.exact, runs)
 
-    def along(target: Target, examples: Sequence[int]) -> np.ndarray:
-        return curves(per_step_root, target, examples, recording.trace.steps)
-
-    write_text(root / PAGE, report.influence_page(_page(found, along=along, absolute=total.absolute)))
+    write_text(root / PAGE, report.influence_page(_page(found, per_step_root=per_step_root, absolute=total.absolute)))
 
 
 def write_lds_report(
@@ -155,17 +154,26 @@ def extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 def _page(
     found: Found,
     *,
-    along: Any = None,
+    per_step_root: Path | None = None,
     absolute: np.ndarray | None = None,
     validation: report.Validation | None = None,
     retrained: Sequence[report.RetrainedTarget] = (),
 ) -> report.InfluencePage:
     problem, targets = found.problem, found.targets
     predictions = _predictions(found)
+    strongest = {
+        target.id: extremes(scores, problem.config.report.examples)
+        for target, scores in zip(targets[:SHOWN_TARGETS], found.scores, strict=False)
+    }
+    along: Mapping[int, np.ndarray] = {}
+    if per_step_root is not None:
+        both = {target: np.concatenate(sides) for target, sides in strongest.items()}
+        along = courses(per_step_root, both, found.recording.trace.steps)
     shown = []
     for place, target in progress(
         list(enumerate(targets[:SHOWN_TARGETS])), min(len(targets), SHOWN_TARGETS), "report", "target"
     ):
+        helpful, harmful = _examples(problem, strongest[target.id], found.scores[place], along.get(target.id))
         shown.append(
             report.InfluenceTarget(
                 key=str(target.id) if target.id >= 0 else f"combination-{-target.id}",
@@ -174,7 +182,8 @@ def _page(
                 pictures=[_evaluation_picture(problem, index) for index in target.indices[:SHOWN_OF_A_MEAN]],
                 size=len(target.indices),
                 prediction=predictions.get(target.indices[0]) if len(target.indices) == 1 else None,
-                **_examples(problem, target, found.scores[place], along),
+                helpful=helpful,
+                harmful=harmful,
                 scores=found.scores[place],
                 absolute=None if absolute is None else absolute[place],
                 retrained=retrained[place] if retrained else None,
@@ -201,16 +210,43 @@ def _page(
     )
 
 
-def _examples(problem: Problem, target: Target, scores: np.ndarray, along: Any) -> dict[str, Any]:
-    """The strongest training examples of a target, by side."""
-    helpful, harmful = extremes(scores, problem.config.report.examples)
-    together = [int(index) for index in (*helpful, *harmful)]
-    lines = along(target, together) if along is not None and together else [None] * len(together)
+def courses(root: Path, examples: Mapping[int, np.ndarray], num_steps: int) -> dict[int, np.ndarray]:
+    """Cumulative influence of some examples along training, for several targets in one pass over the files.
+
+    Args:
+        root: folder that holds ``scores/per_step``.
+        examples: training indices by target ID.
+        num_steps: steps of the training.
+
+    Returns:
+        By target ID, (examples, steps) float64: the sum over steps up to and including each.
+    """
+    found = {target: np.zeros((len(indices), num_steps)) for target, indices in examples.items()}
+    for path in sorted((root / PER_STEP).glob("part-*.parquet")):
+        table = pq.read_table(path).combine_chunks()
+        lists = table["indices"].chunk(0)
+        starts, held = lists.offsets.to_numpy(), lists.values.to_numpy()
+        scores = table["scores"].chunk(0).values.to_numpy()
+        for row, (step, target) in enumerate(zip(table["step"].to_numpy(), table["target"].to_numpy(), strict=True)):
+            if target in found:
+                part = slice(starts[row], starts[row + 1])
+                # Which of the examples each of the batch is; a batch may hold one more than once.
+                places, batch = np.nonzero(examples[target][:, None] == held[part])
+                np.add.at(found[target][:, step], places, scores[part][batch])
+    return {target: added.cumsum(axis=1) for target, added in found.items()}
+
+
+def _examples(
+    problem: Problem, strongest: tuple[np.ndarray, np.ndarray], scores: np.ndarray, along: np.ndarray | None
+) -> tuple[list[report.InfluentialExample], list[report.InfluentialExample]]:
+    """The strongest training examples of a target, those that help and those that harm."""
+    helpful, harmful = strongest
+    lines: Sequence[np.ndarray | None] = [None] * (len(helpful) + len(harmful)) if along is None else list(along)
     examples = [
-        report.InfluentialExample(_training_picture(problem, index, float(scores[index])), line)
-        for index, line in zip(together, lines, strict=True)
+        report.InfluentialExample(_training_picture(problem, int(index), float(scores[index])), line)
+        for index, line in zip((*helpful, *harmful), lines, strict=True)
     ]
-    return {"helpful": examples[: len(helpful)], "harmful": examples[len(helpful) :]}
+    return examples[: len(helpful)], examples[len(helpful) :]
 
 
 def _training_picture(problem: Problem, index: int, score: float) -> report.Picture:
