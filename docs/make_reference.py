@@ -99,6 +99,7 @@ FUNCTIONS = (
     "reproduce",
     "require_expected",
     "restore_generators",
+    "suspects",
     "verify_reproducibility",
 )
 CONFIG_METHODS = ("resolve", "override", "from_toml", "to_toml", "from_values", "value", "flat")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tracked_replay.stages.lds import run_lds as lds
     from tracked_replay.stages.magic import run_magic as magic
     from tracked_replay.stages.reproduce import reproduce
+    from tracked_replay.stages.suspects import run_suspects as suspects
     from tracked_replay.stages.train import run_train as train
     from tracked_replay.tasks import Examples, Task
 
@@ -45,6 +46,7 @@ _PUBLIC = {
     "reproduce": ("tracked_replay.stages.reproduce", "reproduce"),
     "require_expected": ("tracked_replay.stages.expectations", "require_expected"),
     "restore_generators": ("tracked_replay.stages.expectations", "restore_generators"),
+    "suspects": ("tracked_replay.stages.suspects", "run_suspects"),
     "train": ("tracked_replay.stages.train", "run_train"),
     "verify_reproducibility": ("tracked_replay.determinism", "verify_reproducibility"),
 }
@@ -64,6 +66,7 @@ __all__ = [
     "reproduce",
     "require_expected",
     "restore_generators",
+    "suspects",
     "train",
     "verify_reproducibility",
 ]

@@ -19,7 +19,7 @@ from tiny import tiny_config, tiny_setup
 
 import tracked_replay as tr
 from tracked_replay.config import Config
-from tracked_replay.errors import ConfigError, NumericalError, RecordingError
+from tracked_replay.errors import ConfigError, NumericalError, RecordingError, ReplayError
 from tracked_replay.recording import Checkpoint, Recorder, Recording, recorder
 from tracked_replay.recording.recorder import BESIDE_A_STATE, MANIFEST_BYTES, checkpoint_bytes, checkpoint_distance
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target, states_backward
@@ -216,6 +216,25 @@ def test_an_error_of_the_reading_thread_is_raised_when_its_state_is_due(mode: st
             seen.append(state.step)
     assert seen == ([12, 11, 10, 9, 8] if mode == "stream" else [])
     assert readers() == []
+
+
+@pytest.mark.parametrize("budget", [0, 3], ids=["ahead", "when due"])
+def test_a_checkpoint_that_is_another_state_than_was_recorded_is_refused(
+    budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_of(record__every=2)
+    recording = recorded(setup, tmp_path)
+    read = Recording.state
+
+    def other(self: Recording, checkpoint: Checkpoint) -> State:
+        state = read(self, checkpoint)
+        return replace(state, momentum={}) if checkpoint.step == 6 else state
+
+    monkeypatch.setattr(Recording, "state", other)
+    states = states_backward(with_budget(setup, budget * recording.final.bytes), recording, "stream")
+    assert [next(states).step for _ in range(5)] == [12, 11, 10, 9, 8]
+    with pytest.raises(ReplayError, match=r"^step 6: the replayed state has the digest"):
+        next(states)
 
 
 def test_the_reading_thread_is_gone_after_an_error_of_the_replay_or_when_it_is_left(

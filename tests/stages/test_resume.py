@@ -143,7 +143,8 @@ def browsed(run_id: str) -> tuple:
     """What else a run shows: status, parameters, data sets, tags that say what it is."""
     run = mlflow.get_run(run_id)
     tags = {name: run.data.tags.get(name) for name in (names.STAGE, names.FINGERPRINT, names.TASK, "mlflow.runName")}
-    params = {name: value for name, value in run.data.params.items() if name not in ("replay.mode", "replay_mode_used")}
+    free = ("replay.mode", "replay_mode_used", "replay_plan_")  # where states are kept does not change a result
+    params = {name: value for name, value in run.data.params.items() if not name.startswith(free)}
     return run.info.status, params, sorted(item.dataset.digest for item in run.inputs.dataset_inputs), tags
 
 

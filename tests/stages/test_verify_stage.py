@@ -206,7 +206,7 @@ def test_other_threads_than_recorded_are_pinned_again(trained: str) -> None:
         (["--set", "lds.drop=0.001"], "drop: found 0.001, which removes 0 of 48"),
         (["--set", "lds.drop=2"], "drop: found '2'; allowed: shares above 0 and below 1"),
         (["--set", "lds.nothing=2"], "lds.nothing: unknown config field"),
-        (["--seed", "3"], "seed: found '3', but the recorded run"),
+        (["--seed", "3"], "seed: found 0 in config/config.toml; expected: 3"),
     ],
 )
 def test_bad_input_is_one_sentence_and_starts_nothing(arguments: list[str], message: str, trained: str) -> None:

@@ -214,7 +214,7 @@ class _Gelu(Function):
 
 
 class _GeluGradient(Function):
-    """(g, x) → g · φ′(x), and φ′(x) as a constant."""
+    """For y = h(x): (g, x) → g · h′(x), and h′(x) as a constant."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
@@ -238,13 +238,13 @@ class _GeluGradient(Function):
 
 
 def _gelu_curvature(x: Tensor, approximate: str) -> Tensor:
-    """φ″(x)."""
+    """h″(x)."""
     square = x * x
-    if approximate == "none":  # φ″ = (2 − x²) · density
+    if approximate == "none":  # h″ = (2 − x²) · density
         log_factor = x.new_tensor(-0.5 * math.log(2 * math.pi))
         density = torch.add(log_factor, square, alpha=-0.5).exp_()
         return torch.sub(x.new_tensor(2.0), square, out=square).mul_(density)
-    # φ = x (1 + tanh u) / 2 with u = k (x + c x³)
+    # h = x (1 + tanh u) / 2 with u = k (x + c x³)
     k, c = math.sqrt(2 / math.pi), 0.044715
     tanh = torch.tanh(k * (x + c * x * square))
     first, second = k * (1 + 3 * c * square), 6 * k * c * x

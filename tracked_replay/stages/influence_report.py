@@ -324,16 +324,19 @@ def _training_words(found: Found) -> str:
 
 
 def _environment_words(environment: Mapping[str, Any]) -> str:
-    """Versions and machine in one line."""
-    threads, devices = environment["threads"]["intra_op"], environment["cuda"]["devices"]
-    return ", ".join(
-        (
-            f"Python {environment['python']['version'].split()[0]}",
-            f"torch {environment['torch']['version']}",
-            environment["platform"]["description"],
-            str(environment["cpu"]["model"]),
-            *(str(device.get("name", device)) if isinstance(device, dict) else str(device) for device in devices),
-            f"{threads} thread{'s' if threads != 1 else ''}",
-            f"determinism {environment['determinism']['mode']}",
-        )
-    )
+    """Versions and machine in one line, as far as they were recorded."""
+
+    def value(section: str, name: str) -> Any:
+        return environment.get(section, {}).get(name)
+
+    devices, threads, python = value("cuda", "devices") or (), value("threads", "intra_op"), value("python", "version")
+    words = [
+        python and f"Python {python.split()[0]}",
+        value("torch", "version") and f"torch {value('torch', 'version')}",
+        value("platform", "description"),
+        value("cpu", "model"),
+        *(str(device.get("name", device)) if isinstance(device, dict) else str(device) for device in devices),
+        threads and f"{threads} thread{'s' if threads != 1 else ''}",
+        value("determinism", "mode") and f"determinism {value('determinism', 'mode')}",
+    ]
+    return ", ".join(str(word) for word in words if word) or "not recorded"

@@ -195,8 +195,8 @@ class VerifyParameters(StageParameters):
 class CompareParameters(CommonParameters):
     """Say whether recorded runs are the same, bit by bit, and where they first part.
 
-    Takes run IDs of finished train runs, or two checkpoint files or folders. Exit code: 0 identical, 1 different,
-    2 cannot be compared. Always computed anew.
+    Takes run IDs of finished train runs, or of two magic runs, whose scores are then compared, or two checkpoint
+    files or folders. Exit code: 0 identical, 1 different, 2 cannot be compared. Always computed anew.
     """
 
     example: ClassVar[str] = "--run-a RUN_ID --run-b RUN_ID"
