@@ -670,7 +670,10 @@ def test_on_a_server_the_files_wait_in_the_cache_of_this_user(
         forked.run("magic", config, "all but the end", environment=variables, **arguments)
         assert tr.magic(run_id, TARGETS, overrides=PER_STEP) == magic_run
         assert list((cache / "runs").iterdir()) == []
-        assert fetched(magic_run, tmp_path / "d") == expected[replayed]
+        again, whole = fetched(magic_run, tmp_path / "d"), expected[replayed]
+        assert again.keys() == whole.keys()
+        # The page names the runs that it is about.
+        assert {name for name in again if again[name] != whole[name]} <= {"report/index.html", "digests.json"}
 
         with pytest.raises(NumericalError):
             tr.train(config.override({"train.lr": 1e200}))
