@@ -24,6 +24,9 @@ ARGUMENTS = (
     # Every name outside is unknown, so that whatever is fetched from there fails and is logged.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--window-size=1440,1000",
+    # A frame in a process of its own would keep its requests and its console to itself.
+    "--disable-features=IsolateSandboxedIframes",
+    "--disable-site-isolation-trials",
 )
 
 

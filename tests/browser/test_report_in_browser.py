@@ -38,6 +38,10 @@ HOSTILE = "\"'><img src=x onerror=\"document.title='changed'\"><script>document.
 SCREENSHOTS = "TRACKED_REPLAY_SCREENSHOTS"  # folder that keeps the pictures, for people to look at
 PANELS = "return [...document.querySelectorAll('.target')].filter((one) => one.checkVisibility()).map((one) => one.id)"
 SELECTED = "return [...document.querySelectorAll('[aria-selected=true]')].map((one) => one.hash)"
+TRUST_IS_SEEN = """
+const place = document.getElementById('trust').getBoundingClientRect();
+return place.top >= 0 && place.bottom <= innerHeight && document.activeElement.id === 'trust';
+"""
 PICTURES = """
 const done = arguments[0];
 const sources = [...document.querySelectorAll('.picture')].map((one) => getComputedStyle(one).backgroundImage);
@@ -151,6 +155,14 @@ def test_a_link_with_a_hash_picks_its_target(browser: Browser, page: str) -> Non
     WebDriverWait(browser.driver, 10).until(lambda _: browser.run(PANELS) == ["target-combination-1"])
     browser.open(f"{page}#trust")
     assert browser.run(PANELS) == ["target-21"]
+
+
+def test_the_reasons_are_one_click_away(browser: Browser, page: str) -> None:
+    browser.look(800, height=500)
+    browser.open(page)
+    assert not browser.run(TRUST_IS_SEEN)
+    browser.driver.find_element(By.LINK_TEXT, "Why").click()
+    assert browser.run(TRUST_IS_SEEN)
 
 
 def test_assistive_technology_finds_tabs_panels_and_named_pictures(browser: Browser, page: str) -> None:
@@ -275,8 +287,13 @@ def test_the_mlflow_ui_shows_the_page_in_its_frame(browser: Browser, store: Path
         assert browser.run("return document.querySelectorAll('a[target]').length") == 0
         browser.driver.find_element(By.LINK_TEXT, "Why").click()
         assert browser.run(PANELS) == ["target-combination-1"]
+        assert browser.run(TRUST_IS_SEEN)
         inside = browser.run("return location.href.split('#')[0]")
         assert inside.startswith("blob:")
-        assert [message for message in browser.console() if "blob:" in message] == []
-        ours = [request.url for request in browser.requests() if request.page.split("#")[0] == inside]
+        requests = browser.requests()
+        ours = [request.url for request in requests if request.page.split("#")[0] == inside]
+        assert any(asked.startswith("data:image/png") for asked in ours)
         assert [asked for asked in ours if not asked.startswith(("data:", inside))] == []
+        # What the UI itself logs is about its own files, or about what it asked for outside.
+        theirs = tuple(request.url for request in requests if request.page.split("#")[0] != inside)
+        assert [message for message in browser.console() if not message.startswith((url, *theirs))] == []

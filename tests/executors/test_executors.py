@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def children() -> set[int | None]:
 def ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/status").read_text().split("State:")[1].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before the file was opened, or before it was read
         return True
 
 
@@ -94,13 +95,13 @@ def test_a_killed_worker_is_the_error_of_its_job_alone() -> None:
 
 @pytest.mark.timeout(60)
 def test_a_worker_that_is_killed_between_two_jobs_is_replaced() -> None:
-    run = LocalProcesses(1).run(dict, sleepy, [0.0, 0.0, 0.0])
-    first = next(run).result
-    os.kill(first, signal.SIGKILL)
-    while not ended(first):
-        time.sleep(0.01)
-    # The second job may have been with the killed worker; the third never was.
-    last = list(run)[-1]
+    with closing(LocalProcesses(1).run(dict, sleepy, [0.0, 0.0, 0.0])) as run:
+        first = next(run).result
+        os.kill(first, signal.SIGKILL)
+        while not ended(first):
+            time.sleep(0.01)
+        # The second job may have been with the killed worker; the third never was.
+        last = list(run)[-1]
     assert last.error is None
     assert last.result != first
 

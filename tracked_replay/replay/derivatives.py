@@ -69,8 +69,7 @@ class _BatchNorm(Function):
     def backward(ctx: Any, g: Maybe, g_mean: Maybe, g_variance: Maybe) -> tuple[Maybe, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         statistics = g_mean is not None or g_variance is not None
-        if g is None:
-            g = torch.zeros_like(x)
+        g = torch.zeros_like(x) if g is None else _laid_out_like(g, x)
         if statistics and not torch.is_grad_enabled():
             gx, gw, gb = _batch_norm_gradient_with_statistics(g, x, weight, mean, scale, g_mean, g_variance)
         else:
@@ -87,7 +86,6 @@ class _BatchNormGradient(Function):
     def forward(
         ctx: Any, g: Tensor, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        g = _laid_out_like(g, x)
         gx, gw, gb = _native_gradient(g, x, weight, mean, scale)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -145,7 +143,6 @@ def _centred_product(a: Tensor, g: Tensor, mean: Tensor) -> Tensor:
 def _batch_norm_gradient_with_statistics(
     g: Tensor, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor, g_mean: Maybe, g_variance: Maybe
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g = _laid_out_like(g, x)
     values = x.numel() // x.shape[1]
     _, gw, gb = _native_gradient(g, x, weight, mean, scale, (False, True, True))
     on_g = scale if weight is None else scale * weight
@@ -206,7 +203,7 @@ class _Gelu(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            result, ctx.slope = _GeluGradient.apply(g, x, ctx.approximate)
+            result, ctx.slope = _GeluGradient.apply(_laid_out_like(g, x), x, ctx.approximate)
             return result, None
         if ctx.slope is None:
             return aten.gelu_backward(g, x, approximate=ctx.approximate), None
@@ -219,7 +216,6 @@ class _GeluGradient(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
         ctx.approximate = approximate
-        g = _laid_out_like(g, x)
         slope = aten.gelu_backward(x.new_ones(()).expand_as(x), x, approximate=approximate)
         ctx.slope, ctx.bend = slope, _gelu_curvature(x, approximate).mul_(g)
         ctx.mark_non_differentiable(slope)
