@@ -272,7 +272,7 @@ def test_every_decision_is_listed_and_says_context_choice_and_cost() -> None:
 
 def test_the_readme_marks_the_test_command() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert '<!-- test command -->\n```bash\npip install ".[test]" && python -m pytest\n```\n' in readme
+    assert '<!-- test command -->\n```bash\npip install ".[test]" && python -m pytest -n 2\n```\n' in readme
 
 
 def test_the_example_of_buffers_prints_what_the_page_says(tmp_path: Path) -> None:

@@ -48,6 +48,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def let_go_from_memory(path: Path) -> None:
+    """Ask the kernel to bring a file to the disk and to keep no copy of it in memory; returns at once.
+
+    The kernel lets go only of what is on the disk already: the first call begins the writing, a later one ends with
+    the memory free. Where the system has no such call, it keeps the copy.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with path.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def content_digest(content: bytes) -> str:
     """xxh3-128 of bytes, 32 hex digits: fast, for finding damage; not for identity against an adversary."""
     return xxhash.xxh3_128_hexdigest(content)

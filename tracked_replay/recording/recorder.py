@@ -193,6 +193,9 @@ class Recorder:
             save_generator_states(generators, path)
             checkpoint = checkpoints.write_checkpoint(self._root, state)
             self._checkpoints.append(checkpoint)
+            # A long recording would fill the memory with files; and a page just freed is cheaper than a new one.
+            for written in self._checkpoints[-2:]:
+                files.let_go_from_memory(self._root / written.file)
             digest = checkpoint.digest
         if record is not None:
             row = trace.TraceRow(
