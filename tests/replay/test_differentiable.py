@@ -178,6 +178,42 @@ def test_convolution_against_finite_differences() -> None:
     )
 
 
+class Tied(nn.Module):
+    """A weight that is made of a parameter, and one that is the parameter itself, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = {"weight": torch.sin(self.first.weight), "bias": self.first.bias}
+        x = torch.func.functional_call(self.first, made, (x,))
+        return self.second(torch.tanh(self.second(torch.tanh(x))))
+
+
+def test_a_gradient_that_nobody_reads_has_no_values_but_the_right_derivatives() -> None:
+    torch.manual_seed(0)
+    model = Tied().double()
+    x = normal(3, 2, 4, 4, seed=0).detach()
+    found = []
+    for read in (True, False):
+        differentiable = DifferentiableModel(model, gradient_is_read=read)
+        tensors = {name: tensor.detach().requires_grad_() for name, tensor in model.named_parameters()}
+        outputs = differentiable.training_outputs(tensors, x, lambda: None)
+        gradients = torch.autograd.grad(outputs.square().sum(), tensors.values(), create_graph=True)
+        known = {name for name, g in zip(tensors, gradients, strict=True) if not g.isnan().any()}
+        assert set(tensors) - known == (set() if read else {"second.weight"})
+        directions = [normal(*g.shape, seed=seed).detach() for seed, g in enumerate(gradients)]
+        found.append(torch.autograd.grad(gradients, tensors.values(), directions))
+        outputs = differentiable.training_outputs(tensors, x, lambda: None)
+        found.append(torch.autograd.grad(outputs.square().sum(), tensors.values()))  # read without create_graph
+    tensors = dict(model.named_parameters())
+    gradients = torch.autograd.grad(model(x).square().sum(), tensors.values(), create_graph=True)
+    second = torch.autograd.grad(gradients, tensors.values(), directions)
+    for products, expected in zip(found, [second, gradients] * 2, strict=True):
+        torch.testing.assert_close(products, expected, rtol=1e-10, atol=1e-10)
+
+
 class Layout(nn.Module):
     """Notes the layouts of what passes through it."""
 

@@ -71,7 +71,8 @@ class StepAdjoint:
     clips: ClipCounts = field(default_factory=ClipCounts)
 
     def __post_init__(self) -> None:
-        self.model = DifferentiableModel(self.step.model)
+        # Only clipping reads the gradient itself; all else needs what it depends on.
+        self.model = DifferentiableModel(self.step.model, gradient_is_read=self.config.clip_gradient)
 
     def pull_back(
         self,

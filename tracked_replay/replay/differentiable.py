@@ -93,13 +93,29 @@ class DifferentiableGELU(nn.GELU):
 
 
 class DifferentiableConv2d(nn.Conv2d):
-    """A convolution whose second derivative uses the kernels of the first."""
+    """A convolution whose second derivative uses the kernels of the first.
+
+    Attributes:
+        gradient_is_read: whether anything reads the values of a gradient that is differentiated once more.
+    """
+
+    gradient_is_read = True
 
     def forward(self, input: Tensor) -> Tensor:
         """As in the module it replaces."""
         if input.ndim != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return super().forward(input)
-        return convolution(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolution(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            # What a weight was made of reads the weight's gradient.
+            weight_gradient=self.gradient_is_read or not self.weight.is_leaf,
+        )
 
 
 # Layers that only need to be faster stay the modules they are and get another forward pass. A subclass stays as it is.
@@ -109,16 +125,25 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.GELU: DifferentiableGELU, n
 class DifferentiableModel:
     """A copy of a model for the replay; see the module's docstring.
 
+    Args:
+        model: in any mode; it stays as it is.
+        gradient_is_read: whether anything reads the values of a gradient with ``create_graph``. If not, those of
+            convolutions' weights are NaN, because computing them costs time; derivatives of the gradient are right
+            all the same.
+
     Attributes:
         module: the copy.
         statistics: names of the running statistics that have an adjoint.
         counters: names of the integer counters beside them, which change but carry no derivative.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, gradient_is_read: bool = True) -> None:
         self._normalisations: dict[str, DifferentiableBatchNorm] = {}
         self._replaced: dict[int, DifferentiableBatchNorm] = {}
         self.module = self._replace(copy.deepcopy(model), "")
+        for layer in self.module.modules():
+            if isinstance(layer, DifferentiableConv2d):
+                layer.gradient_is_read = gradient_is_read
         self.statistics = tuple(
             _join(name, statistic)
             for name, layer in self._normalisations.items()
