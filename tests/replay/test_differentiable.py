@@ -171,6 +171,25 @@ def test_convolution(stride: tuple, padding: tuple, dilation: tuple, groups: int
         assert_same_for_some(by_hand, plain, inputs, trained)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False},
+        {"kernel_size": 2, "divisor_override": 3},
+    ],
+)
+def test_average_pooling(arguments: dict) -> None:
+    inputs = (normal(2, 2, 5, 6, seed=0),)
+    layer = nn.AvgPool2d(**arguments)
+    replaced = DifferentiableModel(layer).module
+    assert type(replaced) is not nn.AvgPool2d
+    assert_same(lambda x: (replaced(x),), lambda x: (layer(x),), inputs)
+    assert_same(lambda x: (replaced(x[0]),), lambda x: (layer(x[0]),), inputs)  # one image without a batch dimension
+    assert_derivatives_right(lambda x: (replaced(torch.sin(x)),), inputs)
+
+
 def test_convolution_against_finite_differences() -> None:
     assert_derivatives_right(
         lambda x, weight, bias: (convolution(x, weight, bias, (2, 1), (1, 0), (1, 1), 1),),

@@ -1,6 +1,6 @@
-"""BatchNorm, GELU and convolution with first and second derivatives written out by hand.
+"""BatchNorm, GELU, convolution and average pooling with first and second derivatives written out by hand.
 
-The replay differentiates a step's gradient once more for every target. For these three layers autograd then goes over
+The replay differentiates a step's gradient once more for every target. For these layers autograd then goes over
 the activations many times, or takes kernels that were made for something else. The functions here give the same
 derivatives on few passes, with torch's fused kernels; docs/how-it-works.md derives the formulas. What goes beyond,
 derivatives of a second derivative, autograd makes from a plain form.
@@ -58,6 +58,11 @@ def convolution(
     derivatives, which are right, do not need the values, and they cost a third of a training step.
     """
     return _Convolution.apply(inputs, weight, bias, (stride, padding, dilation, False, (0, 0), groups), weight_gradient)
+
+
+def average_pool(inputs: Tensor, *arguments: Any) -> Tensor:
+    """``torch.nn.functional.avg_pool2d`` of inputs (N, C, H, W), with all of its arguments in their order."""
+    return _AveragePool.apply(inputs, arguments)
 
 
 class _BatchNorm(Function):
@@ -315,6 +320,32 @@ def _convolution_gradient(
         return None, None, None
     sizes = [weight.shape[0]] if wanted[2] else None
     return aten.convolution_backward(g, x, weight, sizes, *geometry, list(wanted))
+
+
+class _AveragePool(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, arguments: tuple) -> Tensor:
+        ctx.arguments = arguments
+        ctx.save_for_backward(x)
+        return aten.avg_pool2d(x, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _AveragePoolGradient.apply(g, x.detach(), ctx.arguments), None
+
+
+class _AveragePoolGradient(Function):
+    """g → the gradient with respect to x, of which only the shape counts: autograd makes a tensor of zeros for it."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, arguments: tuple) -> Tensor:
+        ctx.arguments = arguments
+        return aten.avg_pool2d_backward(g, x, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None, None]:
+        return _AveragePool.apply(a, ctx.arguments), None, None
 
 
 def _by_autograd(

@@ -2,8 +2,8 @@
 
 Native BatchNorm updates its running statistics outside autograd and refuses gradients with respect to them in eval
 mode, so the replay differentiates a copy of the model in which every BatchNorm gives them as functions of its input.
-In the copy BatchNorm, GELU and convolution also have second derivatives that are cheaper than autograd's. It computes
-the same function, equal to rounding; no state is ever taken from it.
+In the copy BatchNorm, GELU, convolution and average pooling also have second derivatives that are cheaper than
+autograd's. It computes the same function, equal to rounding; no state is ever taken from it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 
 from tracked_replay.errors import ReplayError
-from tracked_replay.replay.derivatives import batch_norm, convolution, gelu
+from tracked_replay.replay.derivatives import average_pool, batch_norm, convolution, gelu
 from tracked_replay.training.state import Tensors
 
 STATISTICS = ("running_mean", "running_var")
@@ -118,8 +119,28 @@ class DifferentiableConv2d(nn.Conv2d):
         )
 
 
+class DifferentiableAvgPool2d(nn.AvgPool2d):
+    """Average pooling, whose gradient does not depend on its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As in the module it replaces."""
+        return average_pool(
+            input,
+            _pair(self.kernel_size),
+            _pair(self.stride),
+            _pair(self.padding),
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+
 # Layers that only need to be faster stay the modules they are and get another forward pass. A subclass stays as it is.
-FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.GELU: DifferentiableGELU, nn.Conv2d: DifferentiableConv2d}
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.AvgPool2d: DifferentiableAvgPool2d,
+    nn.Conv2d: DifferentiableConv2d,
+    nn.GELU: DifferentiableGELU,
+}
 
 
 class DifferentiableModel:

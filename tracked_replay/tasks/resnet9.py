@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracked_replay.errors import ConfigError, DataError
@@ -31,11 +30,12 @@ class Pool2x2(nn.Module):
     def __init__(self, pooling: str = "average", epsilon: float = 0.1) -> None:
         super().__init__()
         self.pooling, self.epsilon = _checked_pooling(pooling, epsilon)
+        self.average = nn.AvgPool2d(2)  # a module, which the replay knows
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H // 2, W // 2)."""
         if self.pooling == "average":
-            return F.avg_pool2d(x, 2)
+            return self.average(x)
         batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2
         windows = x[:, :, : 2 * height, : 2 * width].reshape(batch, channels, height, 2, width, 2)
         return smooth_maximum(windows, (3, 5), self.epsilon)
