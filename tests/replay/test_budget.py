@@ -22,9 +22,8 @@ from tracked_replay.config import Config
 from tracked_replay.errors import ConfigError, NumericalError, RecordingError, ReplayError
 from tracked_replay.recording import Checkpoint, Recorder, Recording, recorder
 from tracked_replay.recording.recorder import BESIDE_A_STATE, MANIFEST_BYTES, checkpoint_bytes, checkpoint_distance
-from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target, states_backward
+from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target, choose_plan, require_budget, states_backward
 from tracked_replay.replay.plan import least_states
-from tracked_replay.replay.states import choose_plan, require_budget
 from tracked_replay.training import State, TrainingSetup
 
 TARGETS = (Target.single(4), Target.mean(range(10), "mean:all"))

@@ -4,7 +4,7 @@ from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_co
 from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.saved import SavedReplay, load_replay, save_replay
 from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
-from tracked_replay.replay.states import choose_mode, states_backward
+from tracked_replay.replay.states import choose_plan, require_budget, states_backward
 from tracked_replay.replay.targets import Target, combine, parse_targets
 from tracked_replay.replay.traversal import Replay, StepScores, require_recorded_plan
 
@@ -18,13 +18,14 @@ __all__ = [
     "StepAdjoint",
     "StepScores",
     "Target",
-    "choose_mode",
+    "choose_plan",
     "combine",
     "curves",
     "influence_table",
     "load_replay",
     "measurement_cotangent",
     "parse_targets",
+    "require_budget",
     "require_recorded_plan",
     "save_replay",
     "states_backward",

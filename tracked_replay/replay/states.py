@@ -21,11 +21,6 @@ from tracked_replay.training.state import State
 MEMORY_SHARE = 0.5  # of the free memory that states may take where no budget says how much
 
 
-def choose_mode(mode: str, setup: TrainingSetup, recording: Recording) -> str:
-    """``memory`` or ``stream``; see :func:`choose_plan`."""
-    return choose_plan(mode, setup, recording).mode
-
-
 def choose_plan(mode: str, setup: TrainingSetup, recording: Recording, last: int | None = None) -> Plan:
     """Which states a replay keeps, from ``replay.budget`` and what is on disk.
 
