@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
+import xxhash
 from safetensors import safe_open
 from tiny import tiny_config, tiny_setup
 
@@ -20,10 +22,10 @@ from tracked_replay.replay import states_backward
 from tracked_replay.training import State, train
 
 
-def record(root: Path, **changes: object) -> tuple[Recording, list]:
+def record(root: Path, in_background: bool | None = None, **changes: object) -> tuple[Recording, list]:
     setup = tiny_setup(**changes)
     records = []
-    with Recorder(root, setup) as recorder:
+    with Recorder(root, setup, in_background=in_background) as recorder:
         for step in train(setup):
             recorder.add(step)
             records.append(step)
@@ -52,14 +54,15 @@ def test_everything_is_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_same_training_gives_the_same_bytes(tmp_path: Path) -> None:
-    record(tmp_path / "a")
-    record(tmp_path / "b")
-    first, second = files(tmp_path / "a"), files(tmp_path / "b")
-    assert first.keys() == second.keys()
-    # digests.json holds the digest of the environment record, which names free-running facts such as load; all else
-    # must agree to the byte.
-    differing = {name for name in first if first[name] != second[name]}
-    assert differing <= {"environment/environment.json", "digests.json"}
+    for name, in_background in (("a", False), ("b", False), ("c", True)):
+        record(tmp_path / name, in_background)
+    first = files(tmp_path / "a")
+    for second in (files(tmp_path / "b"), files(tmp_path / "c")):
+        assert first.keys() == second.keys()
+        # digests.json holds the digest of the environment record, which names free-running facts such as load; all
+        # else must agree to the byte.
+        differing = {name for name in first if first[name] != second[name]}
+        assert differing <= {"environment/environment.json", "digests.json"}
 
 
 def test_checkpoints_are_plain_safetensors_with_the_models_names(tmp_path: Path) -> None:
@@ -72,6 +75,28 @@ def test_checkpoints_are_plain_safetensors_with_the_models_names(tmp_path: Path)
     assert "momentum/0.weight" in names
     with safe_open(tmp_path / "checkpoints/step-000000.safetensors", "pt") as file:
         assert not [name for name in file.keys() if name.startswith("momentum/")]  # noqa: SIM118
+
+
+def test_checkpoints_have_the_very_bytes_that_safetensors_writes(tmp_path: Path) -> None:
+    mixed = {
+        "b": torch.randn(3, 2).T,
+        "a": torch.arange(5),
+        "é": torch.tensor(True),
+        "none": torch.zeros(0, 4),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+    parameters = {name: tensor for name, tensor in mixed.items() if tensor.is_floating_point()}
+    buffers = {name: tensor for name, tensor in mixed.items() if name not in parameters}
+    for step, momentum in ((0, {}), (7, parameters), (12345, parameters)):
+        state = State(step, parameters, buffers, momentum)
+        checkpoint = checkpoint_files.write_checkpoint(tmp_path, state)
+        content = (tmp_path / checkpoint.file).read_bytes()
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.flat().items()}
+        assert content == safetensors.torch.save(tensors, {"step": str(step)})
+        assert (checkpoint.bytes, checkpoint.file_digest) == (len(content), xxhash.xxh3_128_hexdigest(content))
+        assert (
+            state_digest(checkpoint_files.read_checkpoint(tmp_path / checkpoint.file, checkpoint)) == checkpoint.digest
+        )
 
 
 def test_pixels_hold_what_the_model_saw(tmp_path: Path) -> None:
@@ -161,7 +186,10 @@ def test_a_recomputed_state_that_differs_names_its_step(tmp_path: Path) -> None:
         list(states_backward(other, recording, "stream"))[-1:]
 
 
-def test_an_error_while_writing_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_an_error_while_writing_stops_the_training(
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(root: Path, state: State) -> None:
         if state.step == 3:
             raise OSError("no space left")
@@ -174,6 +202,6 @@ def test_an_error_while_writing_stops_the_training(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(checkpoint_files, "write_checkpoint", write)
     with pytest.raises(OSError, match="no space left"):
-        record(tmp_path)
+        record(tmp_path, in_background)
     assert not (tmp_path / "digests.json").exists()
     assert not list(tmp_path.rglob("*.part"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
 from tracked_replay.training.state import State
 
@@ -65,10 +65,9 @@ def content_digest(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def file_digest(path: Path) -> str:
-    """:func:`content_digest` of a file that is not empty."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return xxhash.xxh3_128_hexdigest(content)
+def bits(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in C order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def file_sha256(path: Path) -> str:
@@ -89,5 +88,5 @@ def state_digest(state: State) -> str:
     for name, tensor in sorted(state.flat().items()):
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {dtype} {'x'.join(map(str, tensor.shape))}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bits(tensor))
     return digest.hexdigest()

@@ -87,8 +87,9 @@ def _bytes_with(state: State) -> int:
 class Recorder:
     """Writes the contract's artifacts of a training run under a folder.
 
-    States are immutable, so digests, serialisation and writing happen on one background thread while the next steps
-    are taken. An error there is raised by the next :meth:`add` or by :meth:`finish`.
+    Either :meth:`add` writes before it returns, or digests, serialisation and writing happen on one background thread
+    while the next steps are taken, which they may because states are immutable; an error there is raised by the next
+    :meth:`add` or by :meth:`finish`.
 
     Use it as a context manager; ``digests.json``, the last file, is written by :meth:`finish` only, so a folder that
     has it is complete. Until the context is left after that, a journal keeps what
@@ -99,17 +100,28 @@ class Recorder:
         setup: of the training.
         unfinished: an interrupted recording of the same training under ``root``. The process's generators are put
             back to where they were; the training must start from its state.
+        in_background: whether a thread writes; ``None`` for one where the training is not on the CPU, beside which a
+            thread would only take turns with it, at more cost than the work itself.
 
     Raises:
         ConfigError: ``record.budget`` is too small; see :func:`checkpoint_distance`.
     """
 
-    def __init__(self, root: Path, setup: TrainingSetup, unfinished: Unfinished | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        setup: TrainingSetup,
+        unfinished: Unfinished | None = None,
+        *,
+        in_background: bool | None = None,
+    ) -> None:
         self._root = root
         self._every = checkpoint_distance(setup)
         self._trace = trace.TraceWriter(root, setup.config.record.pixels)
         self._checkpoints: list[checkpoints.Checkpoint] = []
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
+        if in_background is None:
+            in_background = setup.device.type != "cpu"
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder") if in_background else None
         self._pending: list[Future[None]] = []
         self._finished = False
         (root / DIGESTS).unlink(missing_ok=True)
@@ -129,16 +141,21 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
         self._journal.close()
         if self._finished and kind is None:
             self._journal.remove()
 
     def add(self, record: StepRecord) -> None:
-        """Record a step; returns before it is on disk."""
+        """Record a step; in the background it returns before the step is on disk."""
         kept = record.before.step % self._every == 0
         self._submit(record.before, self._generators if kept else None, record)
         self._generators = capture_generator_states()  # those that the next step starts from
+
+    def wait(self) -> None:
+        """Wait until all steps so far are on disk."""
+        self._drain(0)
 
     def finish(self, final: State) -> str:
         """Record the final state, wait for all writing, write manifest and digests.
@@ -147,7 +164,7 @@ class Recorder:
             SHA-256 of ``digests.json``: the identity of everything recorded.
         """
         self._submit(final, self._generators, None)
-        self._drain(0)
+        self.wait()
         self._trace.flush()
         checkpoints.write_manifest(self._root, self._checkpoints)
         identity = write_digests(self._root)
@@ -176,6 +193,9 @@ class Recorder:
         restore_generator_states(unfinished.generators)
 
     def _submit(self, state: State, generators: GeneratorStates | None, record: StepRecord | None) -> None:
+        if self._pool is None:
+            self._write(state, generators, record)
+            return
         self._drain(MAX_PENDING)
         self._pending.append(self._pool.submit(self._write, state, generators, record))
 
