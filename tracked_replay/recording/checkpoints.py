@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,41 +57,42 @@ def checkpoint_file(step: int) -> str:
 
 
 def write_checkpoint(root: Path, state: State) -> Checkpoint:
-    """Save a state under ``root/checkpoints``; the same state always gives the same bytes."""
+    """Save a state under ``root/checkpoints``; the same state always gives the same bytes.
+
+    They are those of ``safetensors.torch.save``, written from the tensors' own memory: the library first makes a copy
+    of all of it.
+    """
     file = checkpoint_file(state.step)
-    parts = _content(state)
-    # Straight from the tensors' memory: the library first makes a copy of all of it.
+    content = {name: bits(tensor) for name, tensor in state.flat().items()}
+    rows, order = _layout(tuple((name, tensor.dtype, tensor.shape) for name, tensor in state.flat().items()))
+    # One metadata entry only: safetensors writes several in an order that changes from process to process.
+    header = f'{{"__metadata__":{{"step":"{state.step}"}},{rows}'.encode()
+    header += b" " * (-len(header) % 8)
+    parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little") + header, *(content[name] for name in order)]
     write_aside(root / file, lambda temporary: _write(temporary, parts))
     digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(part)
     size = sum(len(part) for part in parts)
-    return Checkpoint(state.step, file, state_digest(state), digest.hexdigest(), size)
+    return Checkpoint(state.step, file, state_digest(state, content), digest.hexdigest(), size)
 
 
 def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     with path.open("wb") as stream:
-        for part in parts:
-            stream.write(part)
-
-
-def _content(state: State) -> list[bytes | memoryview]:
-    """The bytes that ``safetensors.torch.save`` gives: length of the header, header, tensors."""
-    tensors = state.flat()
-    rows, order = _layout(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
-    # One metadata entry only: safetensors writes several in an order that changes from process to process.
-    described = {"__metadata__": {"step": str(state.step)}} | rows
-    header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    return [len(header).to_bytes(8, "little") + header, *(bits(tensors[name]) for name in order)]
+        stream.writelines(parts)
 
 
 @lru_cache(maxsize=2)  # before and after the first step, which makes the momentum
-def _layout(shapes: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[dict[str, Any], list[str]]:
-    """What safetensors itself says about tensors of such shapes in a file's header, and their order in the file."""
+def _layout(shapes: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[str, list[str]]:
+    """What safetensors itself says about tensors of such shapes in a file's header, and their order in the file.
+
+    Returns:
+        The header's JSON after the metadata's comma, and the tensors' names.
+    """
     content = safetensors.torch.save({name: torch.empty(shape, dtype=dtype) for name, dtype, shape in shapes})
     rows = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return rows, sorted(rows, key=lambda name: rows[name]["data_offsets"])
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
+    return text.removeprefix("{"), sorted(rows, key=lambda name: rows[name]["data_offsets"])
 
 
 def read_checkpoint(path: Path, checkpoint: Checkpoint) -> State:
