@@ -78,7 +78,7 @@ def test_each_kind_takes_its_files_and_no_other(store: Path) -> None:
         (train_run, "figures", ["figures/"]),
         (train_run, "trace", ["trace/"]),
         (train_run, "checkpoints", ["checkpoints/step-", "rng/"]),
-        (magic_run, "figures", ["figures/", "images/", "report/"]),
+        (magic_run, "figures", ["figures/", "images/", "report/", "table_images/"]),
         (magic_run, "scores", ["scores/"]),
     ):
         left = without(expected[run_id], *folders)
@@ -570,7 +570,7 @@ def test_a_run_on_a_server_loses_the_same(server: Path) -> None:
     assert {run_id: kept(run_id) for run_id in runs} == expected
     for run_id, what, folders in (
         (lds_run, "lds", ["lds/"]),
-        (magic_run, "scores,figures", ["scores/", "figures/", "images/", "report/"]),
+        (magic_run, "scores,figures", ["scores/", "figures/", "images/", "report/", "table_images/"]),
         (train_run, "checkpoints", ["checkpoints/step-", "rng/"]),
     ):
         left = without(expected[run_id], *folders)

@@ -116,7 +116,7 @@ def test_a_run_holds_weights_outcomes_figure_and_description(recorded: tuple) ->
         ["3", "0", "mean:0-4"], table["recorded"], result.predicted, result.actual, strict=True
     ):
         assert f"| {name} | {old:.6g} | {one:.6g} | {other:.6g} |" in text
-    history = MlflowClient().get_metric_history(run_id, "change/actual")
+    history = MlflowClient().get_metric_history(run_id, "change_by_target/actual")
     np.testing.assert_allclose(
         [metric.value for metric in sorted(history, key=lambda metric: metric.step)], result.actual - table["recorded"]
     )

@@ -138,7 +138,7 @@ def test_metrics_figures_tables_and_description_say_the_same(validated: tuple) -
     run, root = mlflow.get_run(lds_run), folder_of(lds_run)
     rows = json.loads((root / "lds/summary.json").read_text())["correlations"]
     for row in rows:
-        history = MlflowClient().get_metric_history(lds_run, f"lds/{row['method']}")
+        history = MlflowClient().get_metric_history(lds_run, f"lds_by_basis_points_removed/{row['method']}")
         assert {metric.step: metric.value for metric in history}[round(row["drop"] * 10_000)] == row["lds"]
     assert run.data.metrics["lds"] == rows[0]["lds"]
     assert (run.data.metrics["lds_low"], run.data.metrics["lds_high"]) == (rows[0]["low"], rows[0]["high"])
@@ -348,7 +348,8 @@ def test_too_few_in_the_first_share_leave_the_others(store: Path, monkeypatch: p
     summary = json.loads((folder_of(lds_run) / "lds/summary.json").read_text())
     assert [row["drop"] for row in summary["correlations"]] == [0.2]
     assert "lds" not in mlflow.get_run(lds_run).data.metrics  # the number of the first share, which has none
-    assert mlflow.get_run(lds_run).data.metrics["lds/magic"] == summary["correlations"][0]["lds"]
+    of_shares = mlflow.get_run(lds_run).data.metrics["lds_by_basis_points_removed/magic"]
+    assert of_shares == summary["correlations"][0]["lds"]
 
 
 FAILS_IN_A_WORKER = """

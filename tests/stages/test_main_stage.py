@@ -92,6 +92,7 @@ def test_a_stage_that_fails_fails_the_parent(store: Path) -> None:
         (["--drop", "0.001"], "drop: found 0.001, which removes 0 of 32"),
         (["--drop", "0.95"], "examples of its batch would be removed"),
         (["--drop", "0.1,0.1"], "drop: 0.1 is given twice"),
+        (["--set", "replay.budget=1"], "replay.budget: found 1 bytes; allowed: 0, or at least"),
         (["--subsets", "2"], "lds.subsets: found '2'; allowed: integer >= 3"),
         (["--executor", "ray"], "lds.executor: found 'ray'"),
         (["--workers", "0"], "lds.workers: found '0'"),

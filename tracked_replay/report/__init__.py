@@ -31,6 +31,7 @@ from ._pictures import Picture, extremes_figure
 from ._scores import score_histogram_figure
 from ._suspects import Suspect, suspects_figure
 from ._text import markdown_text, plain_text
+from ._thumbnails import png_bytes, shrunk
 
 __all__ = [
     "INFLUENCE_COMPARISON_TARGETS",
@@ -64,7 +65,9 @@ __all__ = [
     "lds_scatter_figure",
     "markdown_text",
     "plain_text",
+    "png_bytes",
     "score_histogram_figure",
+    "shrunk",
     "suspects_figure",
     "training_figure",
 ]

@@ -40,8 +40,9 @@ class Picture:
     """One image with what is known about it.
 
     `pixels`: uint8, (H, W) grey or (H, W, 3) red-green-blue. `label`: the class as text. `index`: position in its
-    data set. `score`: ∂measurement/∂weight for a training image, the measurement's value for a target. `caption`: one
-    more short line. Raises ValueError for other pixels and for a score that is NaN or Inf.
+    data set, below 0 for a picture of several examples. `score`: ∂measurement/∂weight for a training image, the
+    measurement's value for a target. `caption`: one more short line. Raises ValueError for other pixels and for a
+    score that is NaN or Inf.
     """
 
     pixels: np.ndarray
@@ -75,7 +76,7 @@ def _draw_picture(
     # Every line is a text of its own: a right-to-left label cannot reorder the number beside it.
     lines = [
         (picture.label, "normal", INK),
-        (f"#{picture.index}", "normal", GREY),
+        *([(f"#{picture.index}", "normal", GREY)] if picture.index >= 0 else []),
         (signature, "bold", color),
         (picture.caption, "normal", GREY),
     ]

@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints/*.safetensors", "rng/*"),
     "trace": ("trace/*",),
     "scores": ("scores/*",),
-    "figures": ("figures/*", "report/*", "images/*"),
+    "figures": ("figures/*", "report/*", "images/*", "table_images/*"),
     "lds": ("lds/*",),
     ALL: ("*",),
 }

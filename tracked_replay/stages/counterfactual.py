@@ -31,23 +31,15 @@ from tracked_replay.stages.parameters import TARGETS
 from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.retrainings import retrain_all
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
-from tracked_replay.stages.train import Outcome, log_problem, open_recording, save_figure
-from tracked_replay.tracking import (
-    StageRun,
-    artifacts_of,
-    find_finished,
-    names,
-    point_to,
-    resolve,
-    stage_run,
-    tag_of,
-    ui_path,
-)
+from tracked_replay.stages.train import Outcome, log_problem, open_recording, reuse, save_figure
+from tracked_replay.tracking import StageRun, artifacts_of, names, resolve, stage_run, tag_of, ui_path
 
 logger = logging.getLogger(__name__)
 
 OUTCOMES = "counterfactual/outcomes.parquet"
 WEIGHTS = "counterfactual/weights.parquet"
+SHOWN = 50  # targets in the description
+SHOWN_EXAMPLES = 12  # in the description
 INDEX = r"-?\d{1,18}"  # more digits name no example, and int() refuses thousands of them
 REMOVE_FORMS = "indices (3,17,40-49), the path of a file with one index a line, or harmful:K@TARGET, helpful:K@TARGET"
 WEIGHT_FORMS = "index=weight pairs such as 3=0,17=2.5, or the path of a JSON file {index: weight}"
@@ -230,16 +222,14 @@ def _counterfactual_stage(
     force: bool,
     may_point: bool,
 ) -> Outcome:
-    title = f"counterfactual · {problem.task.name} · {len(weights)} examples"
+    title = f"counterfactual · {problem.task.name} · {_examples(len(weights))}"
     train_run_id = influence.train_run_id if influence else train_run_id
     influence = influence or matching_influence(problem, targets, train_run_id)
     if influence is not None:
-        found = None if force else find_finished(names.COUNTERFACTUAL, _fingerprint(problem, influence, weights))
+        identity, same = _fingerprint(problem, influence, weights), "run, weights, config and code"
+        found = reuse(names.COUNTERFACTUAL, identity, title, _inputs(influence), same, force=force, may_point=may_point)
         if found is not None:
-            logger.info("reusing counterfactual run %s (same run, weights, config and code)", found)
-            if may_point:
-                point_to(names.COUNTERFACTUAL, found, title, _inputs(influence))
-            return Outcome(found, reused=True)
+            return found
     recording = open_recording(train_run_id)
     setup = checked_setup(problem, recording)
     indices = np.array(sorted(weights), dtype=np.int64)
@@ -290,23 +280,45 @@ def _conclude(problem: Problem, influence: Influence, job: RetrainingJob, actual
         )
         run.table({"target": names_of} | table.drop_columns("target").to_pydict(), "tables/counterfactual.json")
         for place in range(len(ids)):
-            run.metric("change/predicted", predicted[place] - recorded[place], place)
-            run.metric("change/actual", actual[place] - recorded[place], place)
-        run.describe(_description(problem, influence, len(job.indices), predicted, actual))
+            run.metric("change_by_target/predicted", predicted[place] - recorded[place], place)
+            run.metric("change_by_target/actual", actual[place] - recorded[place], place)
+        run.metric("mean_absolute/actual_change", np.abs(actual - recorded).mean())
+        run.metric("mean_absolute/prediction_error", np.abs(actual - predicted).mean())
+        run.describe(_description(problem, influence, job, predicted, actual))
         publish(run, root)
 
 
 def _description(
-    problem: Problem, influence: Influence, changed: int, predicted: np.ndarray, actual: np.ndarray
+    problem: Problem, influence: Influence, job: RetrainingJob, predicted: np.ndarray, actual: np.ndarray
 ) -> str:
+    change, error = np.abs(actual - influence.measurements).mean(), np.abs(actual - predicted).mean()
     lines = ["| target | recorded | predicted | actual |", "|---|---|---|---|"]
     columns = zip(influence.targets, influence.measurements, predicted, actual, strict=True)
-    for target, recorded, one, other in list(columns)[:50]:
+    for target, recorded, one, other in list(columns)[:SHOWN]:
         lines.append(f"| {target.name} | {recorded:.6g} | {one:.6g} | {other:.6g} |")
+    # The first lines are what MLflow shows before "Show more".
     return (
-        f"{problem.task.name} retrained with another weight for {changed} training examples; scores from "
-        f"[{influence.run_id}]({ui_path(influence.run_id)}).\n\n" + "\n".join(lines) + "\n"
+        f"{report.markdown_text(problem.task.name)} retrained {_weights_in_words(job)}. The measurement of the "
+        f"targets changes by {change:.3g} in the mean (absolute); the scores predict it up to {error:.3g}.\n\n"
+        + "\n".join(lines)
+        + f"\n\n- training run: [{influence.train_run_id}]({ui_path(influence.train_run_id)})\n"
+        f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})\n"
+        f"- to look at: `figures/counterfactual.png` among the artifacts; the weights are in `{WEIGHTS}`\n"
+        f"- next, the same for random subsets: `tracked-replay lds --magic-run-id {influence.run_id}`\n"
     )
+
+
+def _examples(count: int) -> str:
+    return f"{count} example{'s' * (count != 1)}"
+
+
+def _weights_in_words(job: RetrainingJob) -> str:
+    """Which examples have another weight."""
+    removed = not job.weights.any()
+    pairs = list(zip(job.indices.tolist(), job.weights.tolist(), strict=True))[:SHOWN_EXAMPLES]
+    shown = ", ".join(str(index) if removed else f"{index}: {weight:g}" for index, weight in pairs)
+    more = ", …" if len(job.indices) > SHOWN_EXAMPLES else ""
+    return f"{'without' if removed else 'with another weight for'} {_examples(len(job.indices))} ({shown}{more})"
 
 
 def read_counterfactual(run_id: str) -> Counterfactual:

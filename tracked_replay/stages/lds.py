@@ -40,15 +40,8 @@ from tracked_replay.stages.parameters import LDS_TARGETS
 from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.retrainings import retrain_all
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
-from tracked_replay.stages.train import Outcome, log_problem, open_recording
-from tracked_replay.tracking import (
-    StageRun,
-    find_finished,
-    names,
-    point_to,
-    resolve,
-    stage_run,
-)
+from tracked_replay.stages.train import Outcome, log_problem, open_recording, reuse
+from tracked_replay.tracking import StageRun, find_finished, names, resolve, stage_run
 from tracked_replay.training import TrainingSetup, evaluate, set_up
 
 logger = logging.getLogger(__name__)
@@ -104,13 +97,10 @@ def _lds_stage(
     if influence is None and not force:
         influence = matching_influence(problem, targets, train_run_id)
     if influence is not None:
-        inputs = _inputs(influence)
-        found = None if force else find_finished(names.LDS, _fingerprint(problem, influence))
+        identity, same = _fingerprint(problem, influence), "magic run, subsets, config and code"
+        found = reuse(names.LDS, identity, title, _inputs(influence), same, force=force, may_point=may_point)
         if found is not None:
-            logger.info("reusing LDS run %s (same magic run, subsets, config and code)", found)
-            if may_point:
-                point_to(names.LDS, found, title, inputs)
-            return Outcome(found, reused=True)
+            return found
         train_run_id = influence.train_run_id
     if train_run_id is not None:
         checked_setup(problem, open_recording(train_run_id))  # what is wrong leaves no run behind

@@ -46,6 +46,7 @@ PREDICTIONS = "lds/predictions.parquet"
 LOSSES = "lds/validation_losses.parquet"
 SUMMARY = "lds/summary.json"
 METHOD = "magic"
+BY_DROP = "lds_by_basis_points_removed"  # 1 % of the training examples is 100 basis points
 
 
 def conclude(
@@ -161,7 +162,8 @@ def _correlations(
                 logger.warning(
                     "drop %g, %s: the correlation is undefined for %d targets", drop, method, found.undefined
                 )
-            run.metric(f"lds/{method}", found.mean, round(drop * 10_000))
+            # MLflow's axis takes whole numbers, and a share below 1 % is common.
+            run.metric(f"{BY_DROP}/{method}", found.mean, round(drop * 10_000))
     # The number that people sort runs by: of the exact scores, at the first share that was asked for.
     first = table.get(drops[0])
     if first is not None:
@@ -246,13 +248,25 @@ def _describe(
     for drop, method, mean, low, high in zip(*rows.values(), strict=True):
         lines.append(f"| {drop:g} | {method} | {mean:.3f} | {low:.3f} to {high:.3f} |")
     confidence = f"{problem.config.lds.confidence:.0%}"
+    drop, methods = next(iter(table.items()))
+    found, targets = methods[METHOD], len(influence.targets)
+    # The first lines are what MLflow shows before "Show more".
     text = (
-        f"How well the scores of [{influence.run_id}]({ui_path(influence.run_id)}) predict what retraining without a "
-        f"random subset does (Spearman correlation over subsets, mean over {len(influence.targets)} targets, "
+        f"**LDS {found.mean:.3f}** [{found.low:.3f}, {found.high:.3f}] with {drop:.3g} of the training examples of "
+        f"{report.markdown_text(problem.task.name)} removed: how well the scores predict what retraining without a "
+        f"random subset does (Spearman correlation over subsets, mean over {targets} target{'s' * (targets != 1)}, "
         f"{confidence} bootstrap interval over subsets).\n\n" + "\n".join(lines) + "\n"
     )
     if smoothness is not None:
         text += f"\n{sentence(smoothness)}\n"
     if not influence.exact:
         text += "\nThe scores are tagged inexact.\n"
+    again = f"tracked-replay lds --magic-run-id {influence.run_id} --drop 0.01,0.05,0.1,0.2"
+    train_run_id = influence.train_run_id
+    text += (
+        f"\n- to look at: `report/index.html` among the artifacts, and `figures/lds-scatter-{drop:g}.png`\n"
+        f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})\n"
+        f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
+        f"- next, more shares: `{again}`\n"
+    )
     run.describe(text)

@@ -42,9 +42,10 @@ from tracked_replay.replay import (
 from tracked_replay.replay.plan import Plan
 from tracked_replay.replay.scores import INFLUENCE, PER_STEP, TARGETS
 from tracked_replay.replay.states import choose_plan, require_budget
-from tracked_replay.stages.influence_report import write_magic_report
+from tracked_replay.stages.influence_report import SHOWN_OF_A_MEAN, write_magic_report
+from tracked_replay.stages.pictures import enlarged, thumbnail, tiled
 from tracked_replay.stages.problem import Problem, publish, task_errors
-from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, save_figure, train_stage
+from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, reuse, save_figure, train_stage
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.tracking import (
     StageRun,
@@ -67,6 +68,7 @@ MEASURED_ALONE = 8  # examples whose measurement is taken once by itself, as a c
 FIGURES = 32  # targets that get figures of their own
 SECONDS_BETWEEN_SAVES = 30.0
 CURVES = 5  # helpful and harmful examples in a figure over training time
+DESCRIBED = 12  # targets in the run's description
 
 
 def magic_stage(
@@ -100,20 +102,18 @@ def _magic_stage(
         if train_run_id is None:
             logger.info("reusing training run %s (same config, data and code)", known)
         fingerprint = magic_fingerprint(problem, targets, known)
-        found = None if force else find_finished(names.MAGIC, fingerprint)
+        inputs, same = {"train_run_id": known}, "training run, targets, config and code"
+        found = reuse(names.MAGIC, fingerprint, title, inputs, same, force=force, may_point=may_point)
         if found is not None:
-            logger.info("reusing magic run %s (same training run, targets, config and code)", found)
-            if may_point:
-                point_to(names.MAGIC, found, title, {"train_run_id": known})
-            return Outcome(found, reused=True)
+            return found
         recording = open_recording(known)
         setup = checked_setup(problem, recording)
         resume, saved = (None, None) if force else _interrupted(fingerprint, setup)
         plan = choose_plan(problem.config.replay.mode, setup, recording, None if saved is None else saved.step)
-        with stage_run(names.MAGIC, fingerprint, title, {"train_run_id": known}, resume) as run:
+        with stage_run(names.MAGIC, fingerprint, title, inputs, resume) as run:
             _magic(problem, setup, recording, targets, known, run, plan, saved)
         if resume is not None and may_point:
-            point_to(names.MAGIC, resume, title, {"train_run_id": known})
+            point_to(names.MAGIC, resume, title, inputs)
         return Outcome(run.run_id, reused=False)
     # A device that is not there, or a budget that is too small, leaves no run behind.
     require_budget(set_up(problem.config, problem.task, problem.data))
@@ -222,18 +222,17 @@ def _magic(
         write_influence(root, influence_table(targets, total.scores, labels))
         write_json(root / TARGETS, [target.to_json_dict() | {"measurement": value} for target, value in values])
         for t, value in enumerate(total.absolute.mean(axis=0)):
-            run.metric("influence/absolute_sum_of_step", value, t)
+            run.metric("influence_by_step/absolute_sum", value, t)
+        run.metric("measurement/mean_over_targets", float(np.mean([value for _, value in values])))
         if not exact:
             for name, count in dataclasses.asdict(adjoint.clips).items():
                 run.metric(f"clip/steps_{name}", count)
         _figures(root, aside, problem, recording, values, total)
         write_magic_report(root, aside, problem, setup, recording, values, total, train_run_id, run)
-        for place, (target, _) in enumerate(values[:FIGURES]):
-            if len(target.indices) == 1:
-                picture = problem.task.draw(problem.data.evaluation.inputs[target.indices[0]])
-                run.image(picture, key="targets", step=place)
-        run.table(_top_examples(problem, targets, total.scores), "tables/top_examples.json")
-        run.describe(_description(problem, targets, train_run_id, run.run_id, plan.mode, exact))
+        for place, (target, value) in enumerate(values[:FIGURES]):
+            run.image(enlarged(_target_picture(problem, target, value).pixels), key="targets", step=place)
+        run.table(_top_examples(root, problem, targets, total.scores), "tables/top_examples.json")
+        run.describe(_description(problem, values, total.scores, train_run_id, run.run_id, plan.mode, exact))
         if config.replay.per_step:
             shutil.copytree(aside / PER_STEP, root / PER_STEP)
         publish(run, root)
@@ -325,20 +324,33 @@ def _extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return helpful, harmful[scores[harmful] > 0]
 
 
-def _top_examples(problem: Problem, targets: Sequence[Target], scores: np.ndarray) -> dict[str, list[Any]]:
+def _top_examples(root: Path, problem: Problem, targets: Sequence[Target], scores: np.ndarray) -> dict[str, list[Any]]:
+    """The table of the strongest examples; their thumbnails are written under ``root``."""
     label_names, labels = problem.task.label_names, problem.data.train.labels.cpu().numpy()
     rows: dict[str, list[Any]] = {
-        name: [] for name in ("target", "effect", "rank", "train_index", "label", "label_name", "score")
+        name: [] for name in ("target", "effect", "rank", "picture", "train_index", "label", "label_name", "score")
     }
     for target, values in zip(targets, scores, strict=True):
         sides = zip(("helps", "harms"), _extremes(values, problem.config.report.examples), strict=True)
         for effect, found in sides:
             for rank, index in enumerate(found, start=1):
                 label = int(labels[index])
-                row = (target.name, effect, rank, int(index), label, label_names[label], float(values[index]))
+                picture = thumbnail(root, problem, int(index))
+                row = (target.name, effect, rank, picture, int(index), label, label_names[label], float(values[index]))
                 for column, value in zip(rows.values(), row, strict=True):
                     column.append(value)
     return rows
+
+
+def _target_picture(problem: Problem, target: Target, value: float) -> report.Picture:
+    """An evaluation example, or, for a combination of several, its first ones side by side."""
+    examples, chosen = problem.data.evaluation, target.indices[:SHOWN_OF_A_MEAN]
+    pictures = [problem.task.draw(examples.inputs[index].cpu()) for index in chosen]
+    label = problem.task.label_names[int(examples.labels[chosen[0]])]
+    if len(target.indices) == 1:
+        return report.Picture(pictures[0], label, chosen[0], value)
+    caption = f"first {len(chosen)} of {len(target.indices)} examples"
+    return report.Picture(tiled(pictures), target.name, target.id, value, caption)
 
 
 def _picture(problem: Problem, index: int, score: float) -> report.Picture:
@@ -368,17 +380,14 @@ def _figures(
             continue
         # By ID: the name of a combination can be of any length, and two may begin alike.
         file = str(target.id) if target.id >= 0 else f"combination-{-target.id}"
-        if len(target.indices) == 1:
-            index = target.indices[0]
-            label = problem.task.label_names[int(data.evaluation.labels[index])]
-            shown = report.Picture(problem.task.draw(data.evaluation.inputs[index].cpu()), label, index, value)
-            figure = report.extremes_figure(
-                shown,
-                [_picture(problem, int(i), found[i]) for i in helpful],
-                [_picture(problem, int(i), found[i]) for i in harmful],
-                f"Influence on the measurement of evaluation example {index}",
-            )
-            save_figure(root, f"target-{file}-extremes", figure)
+        about = f"evaluation example {target.name}" if len(target.indices) == 1 else target.name
+        figure = report.extremes_figure(
+            _target_picture(problem, target, value),
+            [_picture(problem, int(i), found[i]) for i in helpful],
+            [_picture(problem, int(i), found[i]) for i in harmful],
+            f"Influence on the measurement of {about}",
+        )
+        save_figure(root, f"target-{file}-extremes", figure)
         chosen = [*helpful[:CURVES], *harmful[:CURVES]]
         along = curves(per_step_root, target, chosen, trace.steps)
         names_of = [f"{index} ({problem.task.label_names[int(data.train.labels[index])]})" for index in chosen]
@@ -401,20 +410,42 @@ def _figures(
 
 
 def _description(
-    problem: Problem, targets: Sequence[Target], train_run_id: str, run_id: str, mode: str, exact: bool
+    problem: Problem,
+    values: Sequence[tuple[Target, float]],
+    scores: np.ndarray,
+    train_run_id: str,
+    run_id: str,
+    mode: str,
+    exact: bool,
 ) -> str:
-    shown = ", ".join(target.name for target in targets[:12]) + (", …" if len(targets) > 12 else "")
     kind = "Exact influence" if exact else "**Inexact** influence (clipping was on)"
+    lines = ["| target | measurement | helps most | harms most |", "|---|---|---|---|"]
+    for (target, value), found in zip(values[:DESCRIBED], scores, strict=False):
+        sides = (_in_words(problem, side, found) for side in _extremes(found, 1))
+        lines.append(f"| {target.name} | {value:.6g} | {' | '.join(sides)} |")
+    if len(values) > DESCRIBED:
+        lines.append(f"| … | {len(values) - DESCRIBED} more | | |")
+    # The first lines are what MLflow shows before "Show more".
     return (
         f"{kind} of each of the {problem.data.num_train} training examples of "
-        f"{report.markdown_text(problem.task.name)} on the targets {shown}.\n\n"
-        f"A positive score means that the example raises the measurement (for a loss: it harms).\n\n"
+        f"{report.markdown_text(problem.task.name)} on {len(values)} target{'s' * (len(values) != 1)}. A positive "
+        f"score means that the example raises the measurement (for a loss: it harms).\n\n"
+        + "\n".join(lines)
+        + f"\n\n- to look at: `report/index.html` among the artifacts\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
         f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest\n"
-        f"- to look at: `report/index.html` among the artifacts\n"
         f'- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores("{run_id}")`\n'
         f"- next, how far they can be trusted: `tracked-replay lds --magic-run-id {run_id}`\n"
     )
+
+
+def _in_words(problem: Problem, strongest: np.ndarray, scores: np.ndarray) -> str:
+    """The strongest example of a side, in a cell of a Markdown table."""
+    if not len(strongest):
+        return "none"
+    index = int(strongest[0])
+    label = report.markdown_text(problem.task.label_names[int(problem.data.train.labels[index])])
+    return f"#{index} ({label}) {scores[index]:+.3g}"
 
 
 def require_fields(pairs: Mapping[str, Any], sections: Sequence[str], parameter: str, run_id: str) -> None:

@@ -28,8 +28,8 @@ from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.retrainings import retrain_all
 from tracked_replay.stages.suspects_result import Removal, conclude
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
-from tracked_replay.stages.train import Outcome, log_problem, open_recording
-from tracked_replay.tracking import StageRun, find_finished, names, point_to, resolve, stage_run
+from tracked_replay.stages.train import Outcome, log_problem, open_recording, reuse
+from tracked_replay.tracking import StageRun, names, resolve, stage_run
 from tracked_replay.training import TrainingSetup, evaluate
 
 logger = logging.getLogger(__name__)
@@ -86,12 +86,10 @@ def _suspects_stage(
     targets = parse_targets(TARGET, problem.data.num_evaluation)
     influence = None if force else matching_influence(problem, targets, train_run_id)
     if influence is not None:
-        found = find_finished(names.SUSPECTS, _fingerprint(problem, influence, count, checkpoints))
+        identity, same = _fingerprint(problem, influence, count, checkpoints), "training run, share, config and code"
+        found = reuse(names.SUSPECTS, identity, title, _inputs(influence), same, force=force, may_point=may_point)
         if found is not None:
-            logger.info("reusing suspects run %s (same training run, share, config and code)", found)
-            if may_point:
-                point_to(names.SUSPECTS, found, title, _inputs(influence))
-            return Outcome(found, reused=True)
+            return found
         train_run_id = influence.train_run_id
     if train_run_id is not None:
         checked_setup(problem, open_recording(train_run_id))  # what is wrong leaves no run behind

@@ -17,6 +17,7 @@ from tracked_replay.debugging import Detection, Ranking, Suspicion, detection
 from tracked_replay.errors import RecordingError
 from tracked_replay.recording import Recording, write_aside, write_json, write_text
 from tracked_replay.stages.influence import Influence
+from tracked_replay.stages.pictures import thumbnail
 from tracked_replay.stages.problem import Problem
 from tracked_replay.stages.train import save_figure
 from tracked_replay.tracking import StageRun, artifacts_of, names, resolve, tag_of, ui_path
@@ -94,7 +95,7 @@ def conclude(
         write_aside(root / REMOVED, lambda temporary: pq.write_table(removed, temporary))
     write_json(root / SUMMARY, _summary(problem, suspicion.rankings, found, count, removals))
     save_figure(root, "suspects", _figure(problem, suspicion))
-    run.table(_shown(problem, suspicion), "tables/suspects.json")
+    run.table(_shown(root, problem, suspicion), "tables/suspects.json")
     _metrics(found, removals, run)
     run.describe(_description(problem, influence, suspicion, found, count, removals))
 
@@ -164,8 +165,8 @@ def _figure(problem: Problem, suspicion: Suspicion) -> Any:
     return report.suspects_figure(suspects, title, first.question)
 
 
-def _shown(problem: Problem, suspicion: Suspicion) -> dict[str, list[Any]]:
-    """The top of every ranking as MLflow shows it, the best ranking first."""
+def _shown(root: Path, problem: Problem, suspicion: Suspicion) -> dict[str, list[Any]]:
+    """The top of every ranking as MLflow shows it, the best ranking first; thumbnails are written under ``root``."""
     label_names, final = problem.task.label_names, suspicion.final
     rows = []
     for ranking in suspicion.rankings:
@@ -178,6 +179,7 @@ def _shown(problem: Problem, suspicion: Suspicion) -> dict[str, list[Any]]:
                     "ranking": ranking.name,
                     "question": ranking.question,
                     "rank": rank,
+                    "picture": thumbnail(root, problem, index),
                     "train_index": index,
                     "label": label_names[int(problem.data.train.labels[index])],
                     "model_says": says,
@@ -231,6 +233,12 @@ def _description(
             accuracy = "–" if one.accuracy is None else f"{one.accuracy:.4f}"
             hits = int(np.isin(one.indices, flipped).sum())
             lines.append(f"| {one.name} | {len(one.indices)} | {hits} | {accuracy} | {one.measurement:.6g} |")
+    lines += [
+        "\n- to look at: `figures/suspects.png` among the artifacts",
+        f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})",
+        f"- next, with `{TOP}` downloaded: `tracked-replay counterfactual --train-run-id {train_run_id} "
+        "--targets mean:all --remove top.txt`",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ TASK_COPY = "config/task"
 DATA = "config/data.json"
 FLIPPED = "config/flipped_labels.parquet"
 ACCURACY = "epoch/evaluation_accuracy"
+LOGGED_NAMES = {names.TRAIN: "training", names.LDS: "LDS"}  # of runs in log messages, where not the stage's own
 
 
 class Outcome(NamedTuple):
@@ -68,6 +70,29 @@ class Outcome(NamedTuple):
 
     run_id: str
     reused: bool
+
+
+def reuse(
+    stage: str, fingerprint: str, title: str, inputs: Mapping[str, str], same: str, *, force: bool, may_point: bool
+) -> Outcome | None:
+    """The FINISHED run with the same fingerprint, if there is one and it may be taken.
+
+    Args:
+        stage: name of the stage.
+        fingerprint: identity of the result.
+        title: name of the run that would be made.
+        inputs: upstream run IDs by parameter name.
+        same: what the two have in common, for the log.
+        force: take none.
+        may_point: see :func:`train_stage`.
+    """
+    found = None if force else find_finished(stage, fingerprint)
+    if found is None:
+        return None
+    logger.info("reusing %s run %s (same %s)", LOGGED_NAMES.get(stage, stage), found, same)
+    if may_point:
+        point_to(stage, found, title, inputs)
+    return Outcome(found, reused=True)
 
 
 def train_stage(problem: Problem, *, force: bool = False, may_point: bool = False) -> Outcome:
@@ -84,12 +109,9 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
     """
     fingerprint = problem.fingerprint(names.TRAIN, SECTIONS, {})
     title = f"train · {problem.task.name} · seed {problem.config.seed}"
-    found = None if force else find_finished(names.TRAIN, fingerprint)
+    found = reuse(names.TRAIN, fingerprint, title, {}, "config, data and code", force=force, may_point=may_point)
     if found is not None:
-        logger.info("reusing training run %s (same config, data and code)", found)
-        if may_point:
-            point_to(names.TRAIN, found, title, {})
-        return Outcome(found, reused=True)
+        return found
     with task_errors(problem.config):
         # Before the run starts: a device that is not there, a batch that is too large or a budget that is too small
         # leaves no run behind.
@@ -267,17 +289,19 @@ def _describe_data(problem: Problem, root: Path) -> None:
 def _description(problem: Problem, setup: TrainingSetup, curves: _Curves, run_id: str) -> str:
     plan, config, data = setup.plan, problem.config, problem.data
     last = plan.epochs == plan.epochs[-1]
-    lines = [
-        f"A deterministic training of {report.markdown_text(problem.task.name)}, recorded so that it can be replayed "
-        f"and trained again bit for bit.\n",
-        f"- {plan.steps} steps of {config.train.batch_size} examples out of {data.num_train}, "
-        f"{config.train.epochs} epochs, master seed {config.seed}, {config.train.dtype} on {config.train.device}",
-        f"- training loss in the last epoch: {curves.losses[last].mean():.4g}",
-    ]
+    numbers = [f"mean training loss in the last epoch {curves.losses[last].mean():.4g}"]
     if curves.accuracies:
         accuracy = curves.accuracies[max(curves.accuracies)]
-        lines.append(f"- accuracy on {data.num_evaluation} evaluation examples: {accuracy:.1%}")
-    lines.append(f"- next: `tracked-replay magic --train-run-id {run_id} --targets 0-7`")
+        numbers.insert(0, f"**accuracy {accuracy:.1%}** on {data.num_evaluation} evaluation examples")
+    # The first lines are what MLflow shows before "Show more".
+    lines = [
+        f"A deterministic training of {report.markdown_text(problem.task.name)}, recorded so that it can be replayed "
+        f"and trained again bit for bit: {', '.join(numbers)}.\n",
+        f"- {plan.steps} steps of {config.train.batch_size} examples out of {data.num_train}, "
+        f"{config.train.epochs} epochs, master seed {config.seed}, {config.train.dtype} on {config.train.device}",
+        "- to look at: `figures/training.png` among the artifacts",
+        f"- next: `tracked-replay magic --train-run-id {run_id} --targets 0-7`",
+    ]
     return "\n".join(lines)
 
 
