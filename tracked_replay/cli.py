@@ -110,8 +110,16 @@ def _lds(parameters: LdsParameters) -> None:
     )
     from tracked_replay.tracking import input_by_id
 
+    _show_lds(run_id)
     magic_run = input_by_id(run_id, "magic_run_id")
     _closing("LDS run", run_id, f"tracked-replay lds --magic-run-id {magic_run} --drop 0.01,0.05,0.1,0.2")
+
+
+def _show_lds(run_id: str) -> None:
+    from tracked_replay.stages.lds_result import headlines
+
+    for line in headlines(run_id):
+        click.echo(line)
 
 
 def _main(parameters: MainParameters) -> None:
@@ -124,6 +132,7 @@ def _main(parameters: MainParameters) -> None:
     run_id = run_main(config, parameters.targets, force=parameters.force)
     from tracked_replay.tracking import input_by_id
 
+    _show_lds(input_by_id(run_id, "lds_run_id"))
     magic_run = input_by_id(run_id, "magic_run_id")
     _closing("main run", run_id, f"tracked-replay lds --magic-run-id {magic_run} --drop 0.01,0.05,0.1,0.2")
 
@@ -244,7 +253,7 @@ def _counterfactual(parameters: CounterfactualParameters) -> None:
     if parameters.set:
         raise ConfigError(f"set: found {parameters.set!r}; allowed: empty, since the run is retrained as recorded")
     _require_no_seed(parameters, parameters.magic_run_id or parameters.train_run_id)
-    from tracked_replay.stages.counterfactual import read_counterfactual, run_counterfactual
+    from tracked_replay.stages.counterfactual import headlines, run_counterfactual
 
     run_id = run_counterfactual(
         parameters.train_run_id,
@@ -255,9 +264,8 @@ def _counterfactual(parameters: CounterfactualParameters) -> None:
         data_root=parameters.data_root,
         force=parameters.force,
     )
-    result = read_counterfactual(run_id)
-    for place, (predicted, actual) in enumerate(zip(result.predicted, result.actual, strict=True)):
-        click.echo(f"target {place + 1} of {len(result.actual)}: predicted {predicted:.6g}, actual {actual:.6g}")
+    for line in headlines(run_id):
+        click.echo(line)
     from tracked_replay.tracking import input_by_id
 
     _closing("counterfactual run", run_id, f"tracked-replay lds --magic-run-id {input_by_id(run_id, 'magic_run_id')}")

@@ -90,7 +90,8 @@ def test_command_line_and_python_agree_and_share_the_run(recorded: tuple, tmp_pa
         found = read_counterfactual(re.findall(r"counterfactual run: (\w+)", out)[0])
         np.testing.assert_array_equal(bits(found.actual), bits(expected.actual))
         for place in range(3):
-            assert f"predicted {found.predicted[place]:.6g}, actual {found.actual[place]:.6g}" in out
+            said = f"predicted {found.predicted[place]:.6g}, actual {found.actual[place]:.6g}"
+            assert re.search(rf"target \S.*: recorded [\d.]+, {re.escape(said)}\n", out)
     code, out, err = command("counterfactual", "--train-run-id", train_run, "--remove", "1,4-6", "--targets", TARGETS)
     assert "reusing counterfactual run" in err
     # −0.0 is another weight than 0.0 for the fingerprint; everything else was there already.

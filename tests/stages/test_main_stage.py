@@ -70,6 +70,9 @@ def test_the_command_under_mlflow_run(store: Path, monkeypatch: pytest.MonkeyPat
         code, out, err = command("main", *options)
         assert code == 0, err
         assert re.findall(r"main run: (\w+)", out) == [made[-1]]
+        (line,) = re.findall(r"LDS, 10 % removed: .*", out)
+        (shown,) = re.findall(r"removed: (-?\d\.\d{3}) \[", line)
+        assert shown == f"{runs_of('lds')[0].data.metrics['lds']:.3f}"
     assert sorted(run.data.tags[names.STAGE] for run in children_of(made[0])) == STAGES
     assert children_of(made[1]) == []
     for stage in STAGES:

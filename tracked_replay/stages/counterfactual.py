@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 OUTCOMES = "counterfactual/outcomes.parquet"
 WEIGHTS = "counterfactual/weights.parquet"
+TARGETS_FILE = "counterfactual/targets.json"
 SHOWN = 50  # targets in the description
 SHOWN_EXAMPLES = 12  # in the description
 INDEX = r"-?\d{1,18}"  # more digits name no example, and int() refuses thousands of them
@@ -273,7 +274,7 @@ def _conclude(problem: Problem, influence: Influence, job: RetrainingJob, actual
         write_text(root / CONFIG, problem.config.to_toml())
         write_aside(root / OUTCOMES, lambda temporary: pq.write_table(table, temporary))
         write_aside(root / WEIGHTS, lambda temporary: pq.write_table(changed, temporary))
-        write_json(root / "counterfactual/targets.json", [target.to_json_dict() for target in influence.targets])
+        write_json(root / TARGETS_FILE, [target.to_json_dict() for target in influence.targets])
         heading = f"{problem.task.name}: {len(job.indices)} examples with another weight"
         save_figure(
             root, "counterfactual", report.counterfactual_figure(names_of, recorded, predicted, actual, heading)
@@ -327,6 +328,21 @@ def read_counterfactual(run_id: str) -> Counterfactual:
     with Recording(artifacts_of(run.info.run_id), tag_of(run, names.DIGESTS) or "").open(OUTCOMES) as path:
         table = pq.read_table(path)
     return Counterfactual(table["predicted"].to_numpy(), table["actual"].to_numpy())
+
+
+def headlines(run_id: str) -> list[str]:
+    """What a finished ``counterfactual`` run found, a line a target. Raises RunError, RecordingError."""
+    run = resolve(run_id, names.COUNTERFACTUAL, "run_id")
+    recording = Recording(artifacts_of(run.info.run_id), tag_of(run, names.DIGESTS) or "")
+    with recording.open(OUTCOMES) as path:
+        rows = pq.read_table(path).to_pylist()
+    with recording.open(TARGETS_FILE) as path:
+        targets = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        f"target {target['name']}: recorded {row['recorded']:.6g}, predicted {row['predicted']:.6g}, "
+        f"actual {row['actual']:.6g}"
+        for target, row in zip(targets, rows, strict=True)
+    ]
 
 
 def counterfactual(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,7 @@ from tracked_replay.stages.influence import Influence
 from tracked_replay.stages.influence_report import write_lds_report
 from tracked_replay.stages.problem import Problem
 from tracked_replay.stages.train import save_figure
-from tracked_replay.tracking import (
-    StageRun,
-    ui_path,
-)
+from tracked_replay.tracking import StageRun, artifacts_of, names, resolve, tag_of, ui_path
 from tracked_replay.training import TrainingSetup
 
 logger = logging.getLogger(__name__)
@@ -94,6 +92,27 @@ def conclude(
         root, problem, setup, recording, influence, kept, predicted[METHOD], actual, table, smoothness, run
     )
     _describe(problem, influence, table, smoothness, run)
+
+
+def headlines(run_id: str) -> list[str]:
+    """What a finished ``lds`` run found, a line for each share. Raises RunError, RecordingError."""
+    run = resolve(run_id, names.LDS, "run_id")
+    with Recording(artifacts_of(run.info.run_id), tag_of(run, names.DIGESTS) or "").open(SUMMARY) as path:
+        rows = json.loads(path.read_text(encoding="utf-8"))["correlations"]
+    lines = []
+    for drop in dict.fromkeys(row["drop"] for row in rows):
+        found = {row["method"]: row for row in rows if row["drop"] == drop}
+        own = found.pop(METHOD)
+        interval = f" [{_shown(own['low'])}, {_shown(own['high'])}]"
+        others = ", ".join(f"{method} {_shown(row['lds'])}" for method, row in found.items())
+        lines.append(
+            f"LDS, {drop * 100:.3g} % removed: {_shown(own['lds'])}{interval}{f' ({others})' if others else ''}"
+        )
+    return lines
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
 
 
 def _write_tables(

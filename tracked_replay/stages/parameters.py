@@ -40,6 +40,7 @@ class CommonParameters(BaseModel):
         return (value.upper() or "INFO") if isinstance(value, str) else value
 
 
+NOTHING_TO_FORCE = Field(default=False, description="no effect: this is always done anew")
 DATA_ROOT = Field(default="", description="folder that holds the data set; empty: the preset's", examples=["data"])
 RECORDED_DATA_ROOT = Field(default="", description="where the data are now; empty: as recorded", examples=["data"])
 
@@ -80,6 +81,8 @@ class ShowConfigParameters(StageParameters):
     """Print the resolved config, or what is wrong with it; run nothing."""
 
     example: ClassVar[str] = "--preset cifar10"
+
+    force: bool = NOTHING_TO_FORCE
 
 
 class MagicParameters(StageParameters):
@@ -180,6 +183,7 @@ class VerifyParameters(StageParameters):
 
     example: ClassVar[str] = "--train-run-id RUN_ID"
 
+    force: bool = NOTHING_TO_FORCE
     seed: str = Field(default="", description="master seed that the run must have; empty: any", examples=["7"])
     train_run_id: str = Field(default="", description="the finished train run to check", examples=["4f0c…"])
     certificate: str = Field(
@@ -201,6 +205,7 @@ class CompareParameters(CommonParameters):
 
     example: ClassVar[str] = "--run-a RUN_ID --run-b RUN_ID"
 
+    force: bool = NOTHING_TO_FORCE
     run_a: str = Field(default="", description="a finished train run, or a .safetensors file, or a folder of them")
     run_b: str = Field(default="", description="the other one; several run IDs joined by commas make a matrix")
     max_ulp: str = Field(
@@ -232,6 +237,7 @@ class ReproduceParameters(CommonParameters):
 
     example: ClassVar[str] = "--run-id RUN_ID"
 
+    force: bool = NOTHING_TO_FORCE
     run_id: str = Field(default="", description="a finished train run", examples=["4f0c…"])
     data_root: str = RECORDED_DATA_ROOT
 
@@ -244,6 +250,7 @@ class CleanParameters(CommonParameters):
 
     example: ClassVar[str] = "--run-id RUN_ID --what checkpoints --dry-run"
 
+    force: bool = Field(default=False, description="remove even what a finished run needs")
     run_id: str = Field(default="", description="the run to clean", examples=["4f0c…"])
     what: str = Field(
         default="", description="checkpoints, trace, scores, figures, lds or all; several joined by commas"
