@@ -138,6 +138,7 @@ def _main(parameters: MainParameters) -> None:
 
 
 def _verify(parameters: VerifyParameters) -> None:
+    _require_only(parameters)
     if parameters.iterations:
         _self_test(parameters)
         return
@@ -163,6 +164,21 @@ def _verify(parameters: VerifyParameters) -> None:
     )
     click.echo("all checks passed")
     _closing("verify run", run_id, f"tracked-replay magic --train-run-id {parameters.train_run_id} --targets 0-7")
+
+
+def _require_only(parameters: VerifyParameters) -> None:
+    """Refuse what the asked kind of check does not look at: it would seem to have been checked."""
+    if parameters.iterations:
+        kind, read = "iterations", {"iterations", "certificate", "train_run_id"}
+    elif parameters.certificate:
+        kind, read = "certificate", {"certificate", "train_run_id"}
+    else:
+        kind, read = "train_run_id", {"train_run_id", "seed", "set", "data_root"}
+    for name, field in fields_of(VerifyParameters).items():
+        given = getattr(parameters, name)
+        if name in read or name in CommonParameters.model_fields or given == field.default:
+            continue
+        raise ConfigError(f"{name}: found {given!r}, which a check of {kind} does not look at; allowed: leave it out")
 
 
 def _self_test(parameters: VerifyParameters) -> None:
@@ -423,7 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {' '.join(message.partition('[SQL:')[0].split())}", err=True)
     sys.exit(code)
 
 
@@ -431,5 +447,8 @@ def _is_users(error: Exception) -> bool:
     """Whether an error is the user's or the machine's (a full disk, a tracking server that does not answer)."""
     if isinstance(error, TrackedReplayError | OSError):
         return True
-    mlflow = sys.modules.get("mlflow.exceptions")  # not imported for this: commands that do without it start faster
-    return mlflow is not None and isinstance(error, mlflow.MlflowException)
+    # Not imported for this: commands that do without them start faster.
+    mlflow, database = sys.modules.get("mlflow.exceptions"), sys.modules.get("sqlalchemy.exc")
+    if mlflow is not None and isinstance(error, mlflow.MlflowException):
+        return True
+    return database is not None and isinstance(error, database.SQLAlchemyError)

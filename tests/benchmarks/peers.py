@@ -570,8 +570,8 @@ METHODS = (
         "task image_classification, states at the ends of the last epochs; float16 (half=True) is slow on a CPU",
         settings(
             traker_trak,
-            ("default", {"dimension": 2048, "ridge": 0.0, "checkpoints": 1, "half": True}),
             ("documented", {"dimension": 1000, "ridge": 0.0, "checkpoints": 10, "half": False}),
+            ("default", {"dimension": 2048, "ridge": 0.0, "checkpoints": 1, "half": True}),
             ("grid", {"dimension": 1000, "ridge": 0.0, "checkpoints": 1, "half": False}),
             ("grid", {"dimension": 1000, "ridge": 10.0, "checkpoints": 1, "half": False}),
             ("grid", {"dimension": 1000, "ridge": 1000.0, "checkpoints": 1, "half": False}),

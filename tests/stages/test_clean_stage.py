@@ -366,6 +366,20 @@ def test_an_interruption_leaves_no_run_that_looks_whole(store: Path, monkeypatch
     assert all(on_disk(run_id) == {} for run_id in runs)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_run_whose_folder_is_a_link_is_left_alone(depth: int, store: Path) -> None:
+    train_run = fake("train", files=TRAIN_FILES)
+    folder = [folder_of(train_run), folder_of(train_run).parent][depth]
+    outside = store / "outside"
+    folder.rename(outside)
+    folder.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(RecordingError, match=rf"^run {train_run}: its folder .* is a link"):
+            run_clean(train_run, "all", dry_run=dry_run)
+    assert sorted(outside.rglob("*")) == before
+
+
 def test_links_are_never_followed(store: Path) -> None:
     outside = store / "outside"
     outside.mkdir()
@@ -392,10 +406,11 @@ def test_links_are_never_followed(store: Path) -> None:
         assert run_clean(train_run, "all").removed
     # The folder of the store itself may be reached through one.
     train_run = fake("train", files=TRAIN_FILES)
-    os.rename(folder_of(train_run), store / "moved")
-    folder_of(train_run).symlink_to(store / "moved")
+    experiment = folder_of(train_run).parents[1]
+    os.rename(experiment, store / "moved")
+    experiment.symlink_to(store / "moved")
     assert run_clean(train_run, "trace").removed
-    assert not (store / "moved/trace").exists()
+    assert not (store / "moved" / train_run / "artifacts/trace").exists()
 
 
 def test_names_with_signs_of_urls_are_names(store: Path) -> None:

@@ -142,7 +142,7 @@ def test_metrics_figures_tables_and_description_say_the_same(validated: tuple) -
         assert {metric.step: metric.value for metric in history}[round(row["drop"] * 10_000)] == row["lds"]
     assert run.data.metrics["lds"] == rows[0]["lds"]
     assert (run.data.metrics["lds_low"], run.data.metrics["lds_high"]) == (rows[0]["low"], rows[0]["high"])
-    assert run.data.metrics["checks/passed"] == len(json.loads((root / "lds/checks.json").read_text())) == 8
+    assert run.data.metrics["checks/passed"] == len(json.loads((root / "lds/checks.json").read_text())) == 9
     assert {path.name for path in (root / "figures").iterdir()} == {
         "lds-scatter-0.1.png", "lds-scatter-0.25.png", "lds-by-drop.png",
     }  # fmt: skip

@@ -174,6 +174,52 @@ def test_a_forged_certificate(changes: dict[str, object], message: str, reproduc
     assert message in refusal("verify", "--certificate", forged(reproduced, path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tolerance": {"max_ulp": 3, "ignore": []}}, "the certificate does not hold, tolerance: found max_ulp 3"),
+        ({"tolerance": {"max_ulp": 0, "ignore": ["*"]}}, "the certificate does not hold, tolerance: "),
+        ({"reproduced_run_id": None}, "the certificate does not hold, reproduced_run_id: it is the reproduced run"),
+    ],
+)
+def test_a_certificate_that_says_nothing(
+    changes: dict[str, Any], message: str, trained: str, reproduced: str, tmp_path: Path
+) -> None:
+    changes = {name: trained if value is None else value for name, value in changes.items()}
+    path = forged(reproduced, tmp_path / "certificate.json", **changes)
+    assert message in refusal("verify", "--certificate", path)
+
+
+def test_a_certificate_among_the_artifacts_is_held_against_its_digest(trained: str) -> None:
+    _, _, run_id = reproduce(trained)
+    path = folder_of(run_id) / CERTIFICATE
+    forged(run_id, path, verdict="different")
+    assert "is damaged: its SHA-256 is" in refusal("verify", "--certificate", run_id)
+
+
+def test_a_certificate_that_is_no_json(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    assert "the certificate is not valid" in refusal("verify", "--certificate", path)
+
+
+def test_what_a_certificate_is_not_checked_for_is_refused(reproduced: str) -> None:
+    sentence = refusal("verify", "--certificate", reproduced, "--seed", "77")
+    assert sentence.startswith("seed: found '77', which a check of certificate does not look at")
+
+
+def test_a_damaged_recording_is_not_trained_again(task: str, store: Path) -> None:
+    trained = tr.train(own_config(write_task(store)))
+    path = folder_of(trained) / "rng/step-000000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, _, err = command("reproduce", "--run-id", trained)
+    assert code == 2
+    assert "rng/step-000000.safetensors is damaged" in err
+    assert statuses() == ["train FINISHED"]
+
+
 def test_a_certificate_changed_by_hand(reproduced: str, tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
     text = (folder_of(reproduced) / CERTIFICATE).read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
+import torch
 from mlflow.tracking import MlflowClient
 from stage_runs import command, edit_recording, folder_of, refusal, statuses
 from tiny import own_config, tiny_config, write_task
@@ -24,6 +25,7 @@ from tracked_replay.stages.verify import run_verify
 from tracked_replay.training import State
 
 CHECKS = [
+    "recorded files against their digests",
     "the same order in two loaders",
     "the order across epochs",
     "the whole sequence against the recorded trace",
@@ -35,6 +37,7 @@ CHECKS = [
 ]
 CONFIG = tiny_config(train__epochs=2)
 TRACE = "trace/part-00000.parquet"
+MANIFEST = "checkpoints/manifest.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_a_recorded_run_passes_all_checks(trained: str) -> None:
     (run_id,) = re.findall(r"verify run: (\w+)", out)
     run, root = mlflow.get_run(run_id), folder_of(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["checks/passed"] == 8
+    assert run.data.metrics["checks/passed"] == 9
     assert [check["name"] for check in json.loads((root / "lds/checks.json").read_text())] == CHECKS
     for name in CHECKS:
         assert f"- {name}: passed (" in run.data.tags["mlflow.note.content"]
@@ -103,7 +106,7 @@ def test_a_changed_order_is_named_with_its_step_and_value(store: Path) -> None:
     def edit(root: Path) -> None:
         edit_column("indices", swap)(root)
 
-    failing(edit, 2, r"step 4: ")
+    failing(edit, 3, r"step 4: ")
     with pytest.raises(ReplayError) as caught:
         run_verify(
             mlflow.search_runs(filter_string="tags.`tracked_replay.stage`='train'", output_format="list")[0].info.run_id
@@ -126,7 +129,7 @@ def test_a_changed_order_is_named_with_its_step_and_value(store: Path) -> None:
 def test_a_trace_that_differs_is_named_with_its_step(
     column: str, edit: Callable[[list], None], message: str, store: Path
 ) -> None:
-    failing(edit_column(column, edit), 2, message)
+    failing(edit_column(column, edit), 3, message)
 
 
 def test_another_initial_model_is_named(store: Path) -> None:
@@ -143,7 +146,7 @@ def test_another_initial_model_is_named(store: Path) -> None:
         edit_column("digest", lambda rows: rows.__setitem__(0, digest), manifest)(root)
         edit_column("file_digest", lambda rows: rows.__setitem__(0, content_digest(content)), manifest)(root)
 
-    failing(edit, 4, r"step 0: initial model 1 has the digest [0-9a-f]{32}, recorded was [0-9a-f]{32}$")
+    failing(edit, 5, r"step 0: initial model 1 has the digest [0-9a-f]{32}, recorded was [0-9a-f]{32}$")
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -151,7 +154,76 @@ def test_a_state_that_is_not_reproduced_is_named(step: int, store: Path) -> None
     def edit(root: Path) -> None:
         edit_column("state_digest", lambda rows: rows.__setitem__(step, "0" * 32))(root)
 
-    failing(edit, 6, rf"step {step}: .*recorded was {'0' * 32}", record__every=6)
+    failing(edit, 7, rf"step {step}: .*recorded was {'0' * 32}", record__every=6)
+
+
+def test_a_loss_that_is_not_reproduced_is_named(store: Path) -> None:
+    failing(
+        edit_column("loss", lambda rows: rows.__setitem__(2, float("nan"))), 8, r"step 2: a retraining has the loss"
+    )
+
+
+@pytest.mark.parametrize("name", ["rng/step-000003.safetensors", "environment/environment.json"])
+def test_a_file_that_no_check_needs_is_held_against_its_digest(name: str, store: Path) -> None:
+    train_run = tr.train(CONFIG)
+    path = folder_of(train_run) / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RecordingError, match=rf"{re.escape(name)} is damaged"):
+        run_verify(train_run)
+
+
+NO_JSON = "[" * 100_000
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no checkpoint": (
+        lambda root: reseal_checkpoint(root, b"not a checkpoint"),
+        "checkpoints/step-000000.safetensors is no checkpoint: ",
+    ),
+    "a name outside": (
+        lambda root: reseal_checkpoint(root, safetensors.torch.save({"evil/../../x": torch.ones(1)})),
+        "checkpoints/step-000000.safetensors is no checkpoint: 'evil/../../x' is not a state's tensor",
+    ),
+    "no rows": (
+        lambda root: pq.write_table(pq.read_table(root / MANIFEST)[:0], root / MANIFEST),
+        "checkpoints/manifest.parquet lists no checkpoint",
+    ),
+    "other columns": (
+        lambda root: pq.write_table(pa.table({"x": [1]}), root / MANIFEST),
+        "checkpoints/manifest.parquet cannot be read: ",
+    ),
+    "a short batch": (
+        edit_column("labels", lambda rows: rows[0].append(rows[1].pop())),
+        "the trace must hold equally many labels for each step",
+    ),
+    "no text": (
+        lambda root: (root / "config/config.toml").write_bytes(b"\xff"),
+        "config/config.toml cannot be read: ",
+    ),
+    "deep": (
+        lambda root: (root / "environment/environment.json").write_text(NO_JSON),
+        "environment/environment.json cannot be read as JSON: ",
+    ),
+}
+
+
+def reseal_checkpoint(root: Path, content: bytes) -> None:
+    """Other content for the first checkpoint, and a manifest that fits it."""
+    (root / "checkpoints/step-000000.safetensors").write_bytes(content)
+    edit_column("file_digest", lambda rows: rows.__setitem__(0, content_digest(content)), MANIFEST)(root)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_recording_of_another_form_is_one_sentence(kind: str, store: Path) -> None:
+    edit, message = DAMAGE[kind]
+    one, other = tr.train(CONFIG), tr.train(CONFIG, force=True)
+    edit_recording(other, edit)
+    code, _, err = command("compare", "--run-a", one, "--run-b", other, "--check-files", "true")
+    assert code == 2
+    (sentence,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert message in sentence
+    assert "Traceback" not in err
+    assert "RUNNING" not in str(statuses())
 
 
 def test_a_changed_checkpoint_is_named(store: Path) -> None:
@@ -188,8 +260,6 @@ def test_a_task_edited_since_is_named(change: tuple[str, str], error: type, mess
 
 
 def test_other_threads_than_recorded_are_pinned_again(trained: str) -> None:
-    import torch
-
     torch.set_num_threads(2)
     run_verify(trained)
     assert torch.get_num_threads() == 1
@@ -206,6 +276,7 @@ def test_other_threads_than_recorded_are_pinned_again(trained: str) -> None:
         (["--set", "lds.drop=0.001"], "drop: found 0.001, which removes 0 of 48"),
         (["--set", "lds.drop=2"], "drop: found '2'; allowed: shares above 0 and below 1"),
         (["--set", "lds.nothing=2"], "lds.nothing: unknown config field"),
+        (["--preset", "cifar10"], "preset: found 'cifar10', which a check of train_run_id does not look at"),
         (["--seed", "3"], "seed: found 0 in config/config.toml; expected: 3"),
     ],
 )

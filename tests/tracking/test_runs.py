@@ -18,9 +18,21 @@ from tiny import own_config, tiny_config, write_task
 
 import tracked_replay as tr
 from tracked_replay.errors import ConfigError, RecordingError, RunError
-from tracked_replay.tracking import artifacts_of, find_finished, names, point_to, resolve, stage_run
+from tracked_replay.tracking import (
+    Workspace,
+    artifacts_of,
+    claimed,
+    find_finished,
+    names,
+    point_to,
+    resolve,
+    stage_run,
+)
 from tracked_replay.tracking import runs as tracking
 from tracked_replay.tracking.fingerprint import code_digest, fingerprint
+from tracked_replay.tracking.process import close_abandoned, this_process
+
+ROOT = Path(__file__).parents[2]
 
 
 def finished(stage: str = "train", identity: str = "f" * 64) -> str:
@@ -299,3 +311,45 @@ def test_train_and_magic_over_http_give_the_bits_of_a_local_store(
     mlflow.set_experiment("local")
     here = tr.load_scores(tr.magic(tr.train(config), "0-1"))
     np.testing.assert_array_equal(here["score"].to_numpy(), scores["stream"]["score"].to_numpy())
+
+
+def test_one_process_at_a_time_goes_on_with_an_interrupted_run(store: Path) -> None:
+    client = MlflowClient()
+    run_id = client.create_run(mlflow.get_experiment_by_name("tests").experiment_id).info.run_id
+    client.set_terminated(run_id, "KILLED")
+    with claimed(run_id) as nothing_to_go_on_from:
+        assert not nothing_to_go_on_from
+    (Workspace.of(run_id).folder / "resume").mkdir(parents=True)
+    with claimed(run_id) as first, claimed(run_id) as second:
+        assert first
+        assert not second
+        program = f"from tracked_replay.tracking import claimed\nwith claimed({run_id!r}) as other: print(other)"
+        environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert said == "False\n"
+    with claimed(run_id) as again:
+        assert again
+    client.set_terminated(run_id, "FINISHED")
+    with claimed(run_id) as ended:
+        assert not ended
+    assert list((Workspace.of(run_id).folder / "resume").iterdir()) == []
+
+
+@pytest.mark.parametrize("tag", ["x y", "x", "1e999 1e999", "99999999999999999999 0"])
+def test_a_process_tag_that_is_none_stops_nobody(tag: str, store: Path) -> None:
+    client = MlflowClient()
+    run_id = client.create_run(mlflow.get_experiment_by_name("tests").experiment_id).info.run_id
+    client.set_tag(run_id, names.PROCESS, f"{this_process().rsplit(' ', 2)[0]} {tag}")
+    close_abandoned(mlflow.get_experiment_by_name("tests").experiment_id)
+    assert client.get_run(run_id).info.status in ("RUNNING", "KILLED")
+
+
+def test_a_store_that_is_no_database_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "store.db").write_text("#!/bin/sh\n" * 1000)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/store.db", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tracked_replay", "verify", "--train-run-id", "0" * 32]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "file is not a database" in next(line for line in done.stderr.splitlines() if line.startswith("error: "))

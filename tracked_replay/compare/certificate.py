@@ -108,7 +108,8 @@ class Certificate:
             raise RecordingError(f"the certificate is not valid: {_explain(error)}") from None
         if digest != certificate.digest:
             raise RecordingError(
-                f"the certificate is damaged: its content has the digest {certificate.digest}, it says {digest!r}"
+                f"the certificate is damaged: its content has the digest {certificate.digest}, it says "
+                f"{repr(digest)[:200]}"
             )
         return certificate
 
@@ -165,6 +166,8 @@ def check_certificate(
     Raises:
         RecordingError: naming the first field that does not hold, or a recorded file that is missing or damaged.
     """
+    if certificate.reproduced_run_id == certificate.run_id:
+        raise RecordingError("the certificate does not hold, reproduced_run_id: it is the reproduced run itself")
     exact = certificate.verdict == "identical" and certificate.tolerance == Tolerance()
     expected: list[tuple[str, Any]] = [
         ("fingerprint", fingerprint),
@@ -257,8 +260,8 @@ def _parse(text: str) -> dict[str, Any]:
 
     try:
         content = json.loads(text, object_pairs_hook=no_duplicates)
-    except ValueError as error:
-        raise RecordingError(f"the certificate is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordingError(f"the certificate is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(content, dict):
         raise RecordingError(f"the certificate is not valid: found {type(content).__name__}; allowed: a JSON object")
     return content
@@ -272,4 +275,5 @@ def _explain(error: ValidationError) -> str:
         return f"{name}: missing"
     if problem["type"] == "unexpected_keyword_argument":
         return f"{name}: unknown field"
-    return f"{name}: found {problem['input']!r}; {problem['msg']}"
+    shown = repr(problem["input"])
+    return f"{name}: found {shown if len(shown) <= 200 else f'{shown[:200]}…'}; {problem['msg']}"

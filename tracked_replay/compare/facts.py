@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tracked_replay.compare.result import Difference
-from tracked_replay.recording import Recording, recorder
+from tracked_replay.recording import Recording, parse_json, recorder
 
 DATA = "config/data.json"
 
@@ -46,7 +46,7 @@ def read_json(recording: Recording, name: str) -> Any:
     if name not in recording.digests:
         return None
     with recording.open(name) as path:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path, name)
 
 
 def environment(recording: Recording) -> dict[str, Leaf]:

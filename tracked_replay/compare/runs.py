@@ -73,7 +73,7 @@ def compare_recordings(
     """
     for recording, name in zip((a, b), names, strict=True):
         with naming(name):
-            _load(recording, check_files)
+            require_whole(recording, check_files=check_files)
     _require_known(tolerance, (a, b), names)
     sources = (states[0] or checkpoint_states(a), states[1] or checkpoint_states(b))
     order = {name: place for place, name in enumerate(_group_parameters(a))}
@@ -86,12 +86,10 @@ def tolerance_text(tolerance: Tolerance, *, beyond: bool = False) -> str:
     return f"{near}, {_and(tolerance.ignore)} left out" if tolerance.ignore else near
 
 
-def _load(recording: Recording, check_files: bool) -> None:
-    """Read what every comparison needs, so that damage is found before anything is concluded."""
+def require_whole(recording: Recording, *, check_files: bool = True, figures: bool = True) -> None:
+    """Read what every comparison needs, so that damage is found before anything is concluded. Raises RecordingError."""
     if check_files:
-        for name in recording.digests:
-            with recording.open(name):
-                pass
+        recording.require_undamaged(figures=figures)
     digests = recorded_digests(recording)
     if recording.final.step != recording.trace.steps:
         raise RecordingError(

@@ -58,6 +58,7 @@ def run_checks(
         RecordingError: a recorded file is missing or damaged.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
+        ("recorded files against their digests", lambda: _files(recording)),
         ("the same order in two loaders", lambda: _two_loaders(setup)),
         ("the order across epochs", lambda: _epochs(setup)),
         ("the whole sequence against the recorded trace", lambda: _sequence(setup, recording)),
@@ -73,6 +74,11 @@ def run_checks(
         except ReplayError as error:
             raise ReplayError(f"the check {name!r} failed: {error}") from error
         yield Check(name, detail)
+
+
+def _files(recording: Recording) -> str:
+    recording.require_undamaged(figures=False)
+    return "all but the figures"
 
 
 def _orders(setup: TrainingSetup) -> list[np.ndarray]:
@@ -160,7 +166,7 @@ def _states(setup: TrainingSetup, recording: Recording) -> str:
 
 def _retraining(setup: TrainingSetup, recording: Recording) -> str:
     digests = (*recording.trace.state_digests, recording.final.digest)
-    require_recorded_states(setup, digests)
+    require_recorded_states(setup, digests, recording.trace.losses)
     return f"{len(digests)} states, bit for bit"
 
 

@@ -98,12 +98,13 @@ def final_state(setup: TrainingSetup, weights: torch.Tensor | None = None) -> St
     return state
 
 
-def require_recorded_states(setup: TrainingSetup, digests: Sequence[str]) -> None:
+def require_recorded_states(setup: TrainingSetup, digests: Sequence[str], losses: np.ndarray | None = None) -> None:
     """Retrain with all weights 1 and compare every state with the recording.
 
     Args:
         setup: made from the recorded config.
         digests: recorded digest of every state, the final one included.
+        losses: recorded loss of every step, where they are to be compared too, bit for bit.
 
     Raises:
         ReplayError: naming the first step whose state differs.
@@ -114,6 +115,9 @@ def require_recorded_states(setup: TrainingSetup, digests: Sequence[str]) -> Non
     for record in train(setup, weights=ones):
         state = record.after
         _require(state, digests)
+        step = record.before.step
+        if losses is not None and np.float64(record.loss).tobytes() != np.float64(losses[step]).tobytes():
+            raise ReplayError(f"step {step}: a retraining has the loss {record.loss!r}, recorded was {losses[step]!r}")
 
 
 def _require(state: State, digests: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from tracked_replay.recording.checkpoints import Checkpoint, read_checkpoint, re
 from tracked_replay.recording.expectations import require_expected, restore_generators
 from tracked_replay.recording.files import file_sha256, state_digest, write_aside, write_json, write_text
 from tracked_replay.recording.journal import Unfinished, find_unfinished
-from tracked_replay.recording.reader import Fetch, Recording, folder_source
+from tracked_replay.recording.reader import Fetch, Recording, folder_source, parse_json
 from tracked_replay.recording.recorder import Recorder, write_digests
 from tracked_replay.recording.trace import Trace, read_trace
 
@@ -18,6 +18,7 @@ __all__ = [
     "file_sha256",
     "find_unfinished",
     "folder_source",
+    "parse_json",
     "read_checkpoint",
     "read_manifest",
     "read_trace",

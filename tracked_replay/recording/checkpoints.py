@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors
 import safetensors.torch
 import torch
 import xxhash
@@ -107,7 +108,10 @@ def read_checkpoint(path: Path, checkpoint: Checkpoint) -> State:
             f"{checkpoint.file} is damaged: its {len(content)} bytes have the digest {content_digest(content)}, "
             f"recorded were {checkpoint.bytes} bytes with {checkpoint.file_digest}"
         )
-    return State.from_flat(checkpoint.step, safetensors.torch.load(content))
+    try:
+        return State.from_flat(checkpoint.step, safetensors.torch.load(content))
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise RecordingError(f"{checkpoint.file} is no checkpoint: {str(error)[:200]}") from None
 
 
 def write_manifest(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
@@ -118,6 +122,11 @@ def write_manifest(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
 
 
 def read_manifest(path: Path) -> Sequence[Checkpoint]:
-    """Rows of the manifest, sorted by step."""
-    table = pq.read_table(path)
+    """Rows of the manifest, sorted by step. Raises RecordingError."""
+    try:
+        table = pq.read_table(path, columns=MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise RecordingError(f"{MANIFEST} cannot be read: {str(error)[:200]}") from None
+    if not len(table):
+        raise RecordingError(f"{MANIFEST} lists no checkpoint")
     return [Checkpoint(**{name: row[name] for name in MANIFEST_SCHEMA.names}) for row in table.to_pylist()]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tracked_replay.config import Config
 from tracked_replay.errors import RecordingError
@@ -33,6 +34,17 @@ def folder_source(root: Path) -> Fetch:
     return fetch
 
 
+def parse_json(path: Path, name: str) -> Any:
+    """The JSON in a file that the artifacts have as ``name``. Raises RecordingError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RecordingError(f"{name} cannot be read as JSON: {str(error)[:200]}") from None
+
+
+FIGURES = "figures/"
+
+
 class Recording:
     """A recorded training run, wherever its files are.
 
@@ -55,7 +67,9 @@ class Recording:
                 raise RecordingError(
                     f"{recorder.DIGESTS} is damaged: its SHA-256 is {found}, recorded was {self._identity}"
                 )
-            digests: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+            digests = parse_json(path, recorder.DIGESTS)
+            if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+                raise RecordingError(f"{recorder.DIGESTS} must hold the digest of each file by its name")
             return digests
 
     @contextmanager
@@ -77,7 +91,11 @@ class Recording:
     def config(self) -> Config:
         """The recorded config."""
         with self.open(recorder.CONFIG) as path:
-            return Config.from_toml(path.read_text(encoding="utf-8"))
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise RecordingError(f"{recorder.CONFIG} cannot be read: {error}") from None
+            return Config.from_toml(text)
 
     @cached_property
     def trace(self) -> Trace:
@@ -98,6 +116,21 @@ class Recording:
     def final(self) -> Checkpoint:
         """The checkpoint after the last step."""
         return self.checkpoints[-1]
+
+    def require_undamaged(self, *, figures: bool = True) -> None:
+        """Hold every recorded file but the checkpoints against its digest.
+
+        Args:
+            figures: these too; nothing is computed from them, and a run may have lost them to ``clean``.
+
+        Raises:
+            RecordingError: naming the first that is missing or was changed.
+        """
+        for name in self.digests:
+            if name.startswith(FIGURES) and not figures:
+                continue
+            with self.open(name):
+                pass
 
     def state(self, checkpoint: Checkpoint) -> State:
         """Read a checkpoint. Raises RecordingError where its file is missing or was changed."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
@@ -131,6 +132,9 @@ def read_trace(paths: Sequence[Path]) -> Trace:
         )
 
     def matrix(name: str) -> np.ndarray:
+        lengths = pc.list_value_length(table[name])
+        if lengths.null_count or pc.count_distinct(lengths).as_py() != 1:
+            raise RecordingError(f"the trace must hold equally many {name} for each step; found different numbers")
         return table[name].combine_chunks().flatten().to_numpy().reshape(len(steps), -1)
 
     return Trace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from tracked_replay.config import Config
 from tracked_replay.errors import ConfigError, RecordingError
-from tracked_replay.recording import Recording
+from tracked_replay.recording import Recording, parse_json
 from tracked_replay.replay import Target, parse_targets
 from tracked_replay.replay.scores import INFLUENCE, TARGETS
 from tracked_replay.tracking import artifacts_of, input_of, names, resolve, tag_of
@@ -52,9 +51,13 @@ class Influence:
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """Its targets."""
-        return tuple(
-            Target(row["target"], row["name"], tuple(row["indices"]), tuple(row["coefficients"])) for row in self._rows
-        )
+        try:
+            return tuple(
+                Target(row["target"], row["name"], tuple(row["indices"]), tuple(row["coefficients"]))
+                for row in self._rows
+            )
+        except (KeyError, TypeError) as error:
+            raise RecordingError(f"{TARGETS} does not describe targets: {error!r}") from None
 
     @cached_property
     def measurements(self) -> np.ndarray:
@@ -64,8 +67,10 @@ class Influence:
     @cached_property
     def _rows(self) -> list[dict]:
         with self.recording.open(TARGETS) as path:
-            rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))
-            return rows
+            rows = parse_json(path, TARGETS)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "measurement" in row for row in rows):
+            raise RecordingError(f"{TARGETS} must hold a list of targets with their measurements")
+        return rows
 
     def require_targets(self, text: str | int | Sequence[int], default: str, num_evaluation: int) -> None:
         """Check that targets given beside this run are its own, in whatever order.
@@ -100,7 +105,14 @@ class Influence:
     @cached_property
     def scores(self) -> np.ndarray:
         """(targets, training examples) float64."""
-        return self.table["score"].to_numpy().reshape(len(self.targets), -1)
+        scores = self.table["score"].to_numpy()
+        if not self.targets or len(scores) % len(self.targets):
+            raise RecordingError(f"{INFLUENCE} has {len(scores)} rows, which {len(self.targets)} targets cannot share")
+        odd = np.flatnonzero(~np.isfinite(scores))
+        if len(odd):
+            index, target = (self.table[name][int(odd[0])].as_py() for name in ("train_index", "target"))
+            raise RecordingError(f"the score of training example {index} on target {target} is {scores[odd[0]]}")
+        return scores.reshape(len(self.targets), -1)
 
 
 def load_scores(run_id: str) -> pa.Table:

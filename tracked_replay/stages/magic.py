@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.tracking import (
     StageRun,
     Workspace,
+    claimed,
     find_finished,
     find_interrupted,
     names,
@@ -108,10 +110,11 @@ def _magic_stage(
             return found
         recording = open_recording(known)
         setup = checked_setup(problem, recording)
-        resume, saved = (None, None) if force else _interrupted(fingerprint, setup)
-        plan = choose_plan(problem.config.replay.mode, setup, recording, None if saved is None else saved.step)
-        with stage_run(names.MAGIC, fingerprint, title, inputs, resume) as run:
-            _magic(problem, setup, recording, targets, known, run, plan, saved)
+        with ExitStack() as held:
+            resume, saved = (None, None) if force else _interrupted(fingerprint, setup, held)
+            plan = choose_plan(problem.config.replay.mode, setup, recording, None if saved is None else saved.step)
+            with stage_run(names.MAGIC, fingerprint, title, inputs, resume) as run:
+                _magic(problem, setup, recording, targets, known, run, plan, saved)
         if resume is not None and may_point:
             point_to(names.MAGIC, resume, title, inputs)
         return Outcome(run.run_id, reused=False)
@@ -128,9 +131,11 @@ def _magic_stage(
         return Outcome(run.run_id, reused=False)
 
 
-def _interrupted(fingerprint: str, setup: TrainingSetup) -> tuple[str | None, SavedReplay | None]:
-    """The newest interrupted run of a replay that saved how far it was."""
+def _interrupted(fingerprint: str, setup: TrainingSetup, held: ExitStack) -> tuple[str | None, SavedReplay | None]:
+    """The newest interrupted run of a replay that saved how far it was; ``held`` keeps the claim to it."""
     for run_id in find_interrupted(names.MAGIC, fingerprint):
+        if not held.enter_context(claimed(run_id)):
+            continue
         saved = load_replay(Workspace.of(run_id).folder / RESUME, setup.device)
         if saved is not None:
             return run_id, saved

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from tracked_replay.compare import Certificate, Comparison, Difference, Tolerance, certify, check_certificate
 from tracked_replay.compare.facts import differences, environment, flatten
+from tracked_replay.compare.runs import require_whole
 from tracked_replay.determinism import environment_record
 from tracked_replay.errors import RecordingError, RunError, TrackedReplayError
+from tracked_replay.recording import Recording
 from tracked_replay.stages.compare import Compared, compare_two, log_comparison
 from tracked_replay.stages.magic import recorded_setup
 from tracked_replay.stages.problem import Problem, task_errors
@@ -58,6 +60,7 @@ def run_reproduce(run_id: str, *, data_root: str | None = None) -> Reproduced:
     if fingerprint is None:
         raise RunError(f"run_id: run {run_id} has no tag {names.FINGERPRINT}, so nothing says what it computed")
     recording = open_recording(run_id)
+    require_whole(recording, figures=False)  # damage is said before a training, not after
     problem = Problem.load(recording.config.override({"data.root": data_root} if data_root else {}))
     with task_errors(problem.config):
         recorded_setup(problem, recording)  # other data, a device that is not there: said before a run starts
@@ -119,6 +122,12 @@ def run_check_certificate(certificate: str, train_run_id: str = "") -> Checked:
         TrackedReplayError: naming the first thing that does not hold.
     """
     found = _read_certificate(certificate)
+    tolerance = found.tolerance
+    if tolerance != Tolerance():
+        raise RecordingError(
+            f"the certificate does not hold, tolerance: found max_ulp {tolerance.max_ulp:g} and "
+            f"{len(tolerance.ignore)} patterns left out; allowed: bit for bit, as every reproduction is compared"
+        )
     if train_run_id and str(resolve(train_run_id, names.TRAIN, "train_run_id").info.run_id) != found.run_id:
         raise RecordingError(f"certificate: it is about run {found.run_id}, train_run_id is {train_run_id}")
     recorded = resolve(found.run_id, names.TRAIN, "certificate: its run_id")
@@ -139,7 +148,10 @@ def _read_certificate(text: str) -> Certificate:
     if "/" in text or text.endswith(".json"):
         raise RecordingError(f"certificate: the file {text!r} does not exist")
     run = resolve(text, names.REPRODUCE, "certificate")
-    with artifacts_of(str(run.info.run_id))(CERTIFICATE) as found:
+    identity = tag_of(run, names.DIGESTS)
+    if identity is None:
+        raise RecordingError(f"certificate: run {text} has no tag {names.DIGESTS}, so its files cannot be checked")
+    with Recording(artifacts_of(str(run.info.run_id)), identity).open(CERTIFICATE) as found:
         return Certificate.from_json(found.read_text(encoding="utf-8", errors="replace"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from tracked_replay.tracking import (
     StageRun,
     Workspace,
     artifacts_of,
+    claimed,
     find_finished,
     find_interrupted,
     names,
@@ -118,17 +120,20 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
         setup = set_up(problem.config, problem.task, problem.data)
         checkpoint_distance(setup)
         generators = capture_generator_states()
-        resume, unfinished = (None, None) if force else _interrupted(fingerprint, setup)
-        with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:
-            _train(problem, setup, run, generators, unfinished)
+        with ExitStack() as held:
+            resume, unfinished = (None, None) if force else _interrupted(fingerprint, setup, held)
+            with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:
+                _train(problem, setup, run, generators, unfinished)
         if resume is not None and may_point:
             point_to(names.TRAIN, resume, title, {})
         return Outcome(run.run_id, reused=False)
 
 
-def _interrupted(fingerprint: str, setup: TrainingSetup) -> tuple[str | None, Unfinished | None]:
-    """The newest interrupted run of a training that has a state to go on from here."""
+def _interrupted(fingerprint: str, setup: TrainingSetup, held: ExitStack) -> tuple[str | None, Unfinished | None]:
+    """The newest interrupted run of a training that has a state to go on from here; ``held`` keeps the claim to it."""
     for run_id in find_interrupted(names.TRAIN, fingerprint):
+        if not held.enter_context(claimed(run_id)):
+            continue
         folder = Workspace.of(run_id).folder
         unfinished = find_unfinished(folder)
         if unfinished is None:

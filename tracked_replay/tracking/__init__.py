@@ -7,6 +7,7 @@ from tracked_replay.tracking.fingerprint import code_digest, fingerprint
 from tracked_replay.tracking.runs import (
     StageRun,
     artifacts_of,
+    claimed,
     find_finished,
     find_interrupted,
     input_by_id,
@@ -26,6 +27,7 @@ __all__ = [
     "StageRun",
     "Workspace",
     "artifacts_of",
+    "claimed",
     "code_digest",
     "find_finished",
     "find_interrupted",

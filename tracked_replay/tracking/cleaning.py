@@ -203,6 +203,12 @@ class _Folder:
         return tuple(sorted(self._walk())) if self._root.is_dir() else ()
 
     def _walk(self) -> Iterator[StoredFile]:
+        for folder in (self._root, self._root.parent):
+            if folder.is_symlink():
+                raise RecordingError(
+                    f"run {self._run_id}: its folder {folder} is a link, and what it leads to may not be the run's; "
+                    f"remove the link by hand"
+                )
         for parent, folders, files in os.walk(self._root, onerror=_raise):
             for name in (*folders, *files):
                 path = Path(parent, name)

@@ -39,8 +39,14 @@ def close_abandoned(experiment_id: str) -> None:
         max_results=MAX_RUNS,
     )
     for run in running:
-        _, pid, created = str(run.data.tags[names.PROCESS]).rsplit(" ", 2)
-        if not _alive(int(pid), float(created)):
+        tag = str(run.data.tags[names.PROCESS])
+        try:
+            _, pid, created = tag.rsplit(" ", 2)
+            alive = _alive(int(pid), float(created))
+        except (ValueError, OverflowError):
+            continue  # not a tag of ours, whatever it is
+        # Another process may have gone on with the run since it was listed.
+        if not alive and client.get_run(run.info.run_id).data.tags.get(names.PROCESS) == tag:
             logger.warning("run %s was left RUNNING by a process that is gone; it is closed as KILLED", run.info.run_id)
             client.set_terminated(run.info.run_id, "KILLED")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+from filelock import FileLock, Timeout
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -26,8 +27,9 @@ from mlflow.utils.time import get_current_time_millis
 
 from tracked_replay.errors import RunError
 from tracked_replay.recording import Fetch
+from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.tracking import names
-from tracked_replay.tracking.artifacts import artifact_source
+from tracked_replay.tracking.artifacts import Workspace, artifact_source
 from tracked_replay.tracking.process import close_abandoned, this_process
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # holds the run that `mlflow run` made before the stage started
 METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
 PARAMS_PER_CALL = 100
+INTERRUPTED = ("FAILED", "KILLED")
 CANDIDATES = 20  # interrupted runs that are looked at
 RUN_ID_FORM = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)  # what MLflow itself takes
 
@@ -239,7 +242,31 @@ def find_interrupted(stage: str, fingerprint: str) -> Sequence[str]:
         order_by=["attributes.start_time DESC"],
         max_results=CANDIDATES,
     )
-    return [str(run.info.run_id) for run in found if run.info.status in ("FAILED", "KILLED")]
+    return [str(run.info.run_id) for run in found if run.info.status in INTERRUPTED]
+
+
+@contextmanager
+def claimed(run_id: str) -> Iterator[bool]:
+    """Whether this process may go on with an interrupted run, and no other while the context is open.
+
+    There must be something to go on from: its workspace has the folder for that.
+    """
+    path = Workspace.of(run_id).folder / RESUME / "lock"
+    if not path.parent.is_dir():
+        yield False
+        return
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        # Whoever held it before may have gone on with the run, and ended it.
+        yield MlflowClient().get_run(run_id).info.status in INTERRUPTED
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def resolve(run_id: str, stage: str, parameter: str) -> Run:
