@@ -28,7 +28,7 @@ def test_layers_are_convolution_normalization_activation():
     assert [unit.convolution.out_channels for unit in units] == [8, 16, 16, 16, 32, 64, 64, 64]
     assert all(unit.convolution.bias is None for unit in units)
     kinds = {type(module) for module in model.modules() if not list(module.children())}
-    assert kinds == {nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Linear, Pool2x2, GlobalPool}
+    assert kinds == {nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Linear, nn.AvgPool2d, GlobalPool}
     assert model.head.bias is not None
 
 

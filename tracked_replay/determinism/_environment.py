@@ -19,6 +19,7 @@ _UNKNOWN = "unknown on this platform"
 
 _DEPENDENCIES = (
     "click",
+    "filelock",
     "jinja2",
     "matplotlib",
     "mlflow",
