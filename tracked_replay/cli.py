@@ -327,7 +327,7 @@ def _code_2_for_errors() -> Iterator[None]:
             traceback.print_exc()
             sys.exit(2)
         logger.debug("where the error comes from:", exc_info=True)
-        _fail(str(error), 2)
+        _fail(_sentence(error), 2)
 
 
 VERDICTS = ("compare", "reproduce")  # stages whose exit code is a verdict
@@ -435,12 +435,17 @@ def main(arguments: list[str] | None = None) -> None:
         if not _is_users(error):
             raise
         logger.debug("where the error comes from:", exc_info=True)
-        _fail(str(error), 1)
+        _fail(_sentence(error), 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.partition('[SQL:')[0].split())}", err=True)
+    click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; a database's own words stand in ``orig`` of the one that wraps it with the statement."""
+    return str(getattr(error, "orig", None) or error)
 
 
 def _is_users(error: Exception) -> bool:

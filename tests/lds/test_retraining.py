@@ -41,7 +41,7 @@ def test_with_all_weights_1_it_is_the_recorded_run_bit_for_bit(dtype: str, tmp_p
     changes = {"train__dtype": dtype, "train__nesterov": True}
     recording = recorded(tiny_setup(**changes), tmp_path)
     setup = tiny_setup(**changes)
-    require_recorded_states(setup, digests(recording))
+    require_recorded_states(setup, digests(recording), recording.trace.losses)
     everything = np.arange(48)
     for job in (
         RetrainingJob(0, np.zeros(0, np.int64), np.zeros(0)),
@@ -56,12 +56,13 @@ def test_with_all_weights_1_it_is_the_recorded_run_bit_for_bit(dtype: str, tmp_p
 @pytest.mark.parametrize("step", [0, 1, 5, 9])
 def test_the_first_state_that_differs_is_named(step: int, tmp_path: Path) -> None:
     setup = tiny_setup()
-    wrong = digests(recorded(setup, tmp_path))
+    recording = recorded(setup, tmp_path)
+    wrong = digests(recording)
     assert setup.plan.steps == 9
     for place in range(step, 10):
         wrong[place] = "0" * len(wrong[place])
     with pytest.raises(ReplayError, match=rf"^step {step}: a retraining with all weights 1 .* recorded was 0000"):
-        require_recorded_states(setup, wrong)
+        require_recorded_states(setup, wrong, recording.trace.losses)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

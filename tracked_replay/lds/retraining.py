@@ -98,16 +98,16 @@ def final_state(setup: TrainingSetup, weights: torch.Tensor | None = None) -> St
     return state
 
 
-def require_recorded_states(setup: TrainingSetup, digests: Sequence[str], losses: np.ndarray | None = None) -> None:
-    """Retrain with all weights 1 and compare every state with the recording.
+def require_recorded_states(setup: TrainingSetup, digests: Sequence[str], losses: np.ndarray) -> None:
+    """Retrain with all weights 1 and compare every state and loss with the recording, bit for bit.
 
     Args:
         setup: made from the recorded config.
         digests: recorded digest of every state, the final one included.
-        losses: recorded loss of every step, where they are to be compared too, bit for bit.
+        losses: (T,) float64, recorded loss of every step.
 
     Raises:
-        ReplayError: naming the first step whose state differs.
+        ReplayError: naming the first step whose state or loss differs.
     """
     ones = torch.ones(setup.data.num_train, dtype=setup.data.dtype, device=setup.device)
     state = setup.initial
@@ -116,7 +116,7 @@ def require_recorded_states(setup: TrainingSetup, digests: Sequence[str], losses
         state = record.after
         _require(state, digests)
         step = record.before.step
-        if losses is not None and np.float64(record.loss).tobytes() != np.float64(losses[step]).tobytes():
+        if np.float64(record.loss).tobytes() != np.float64(losses[step]).tobytes():
             raise ReplayError(f"step {step}: a retraining has the loss {record.loss!r}, recorded was {losses[step]!r}")
 
 
