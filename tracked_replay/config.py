@@ -193,6 +193,12 @@ class ReplayConfig(Section):
         description="bytes of memory for states; 0 means half of what is free, and no limit where mode is `memory`",
         json_schema_extra=SIZE_ALLOWED,
     )
+    targets_at_once: int = Field(
+        default=0,
+        ge=0,
+        description="targets that are replayed in one call of each kernel, which changes the last digits of their "
+        "scores; 0 chooses, 1 makes a target's scores independent of the others to the bit",
+    )
     per_step: bool = Field(default=False, description="keep the scores of every step as well (large)")
     clip_gradient: bool = Field(default=False, description="clip the replayed gradient's norm; makes scores inexact")
     clip_gradient_norm: float = Field(default=0.5, gt=0, description="largest gradient norm where clip_gradient is on")

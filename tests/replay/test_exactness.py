@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny import tiny_setup
 from torch import Tensor
 
+from tracked_replay.config import ReplayConfig
 from tracked_replay.recording import Recorder, Recording, folder_source
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
 from tracked_replay.training import TrainingSetup, evaluate, train
@@ -34,9 +35,12 @@ def recorded(setup: TrainingSetup, root: Path) -> Recording:
         return Recording(folder_source(root), recorder.finish(state))
 
 
-def replayed(setup: TrainingSetup, recording: Recording, targets=TARGETS, mode: str = "memory") -> np.ndarray:
+def replayed(
+    setup: TrainingSetup, recording: Recording, targets=TARGETS, mode: str = "memory", at_once: int = 0
+) -> np.ndarray:
     total = ScoreSum(targets, setup.data.num_train, setup.plan.steps)
-    for step in Replay(setup, recording, targets, StepAdjoint(setup.step), mode):
+    adjoint = StepAdjoint(setup.step, ReplayConfig(targets_at_once=at_once))
+    for step in Replay(setup, recording, targets, adjoint, mode):
         total.add(step)
     return total.scores
 
@@ -146,10 +150,37 @@ def test_memory_and_stream_mode_give_the_same_bits_for_any_checkpoint_distance(e
 def test_another_target_beside_it_does_not_change_a_targets_scores(tmp_path: Path) -> None:
     setup = tiny_setup()
     recording = recorded(setup, tmp_path)
-    together = replayed(setup, recording)
+    together = replayed(setup, recording, at_once=1)
     for row, target in enumerate(TARGETS):
         alone = replayed(setup, recording, (target,))
         np.testing.assert_array_equal(alone[0].view(np.int64), together[row].view(np.int64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_targets_replayed_at_once_have_the_scores_of_one_at_a_time(dtype: str, tmp_path: Path) -> None:
+    setup = tiny_setup(train__dtype=dtype, train__nesterov=True)
+    recording = recorded(setup, tmp_path)
+    targets = (*TARGETS, Target.single(0), Target.mean(range(3), "mean:0-2"))
+    alone = replayed(setup, recording, targets, at_once=1)
+    bound = (
+        50 * np.finfo(dtype).eps * np.abs(alone).max(axis=1, keepdims=True)
+    )  # the digits that docs/how-it-works.md names
+    assert bound.max() < (1e-5 if dtype == "float32" else 1e-13)
+    for at_once in (2, 3, 5, 8, 0):
+        found = replayed(setup, recording, targets, at_once=at_once)
+        assert (np.abs(found - alone) <= bound).all()
+        assert at_once == 2 or not np.array_equal(found, alone)  # they did go together
+
+
+def test_in_full_groups_the_others_do_not_change_a_targets_scores(tmp_path: Path) -> None:
+    setup = tiny_setup()
+    recording = recorded(setup, tmp_path)
+    first = (Target.single(1), Target.single(2), *(Target.single(index) for index in range(3, 9)))
+    found = replayed(setup, recording, first)
+    others = replayed(setup, recording, (*first, Target.single(0)))
+    np.testing.assert_array_equal(others[:8].view(np.int64), found.view(np.int64))
+    changed = replayed(setup, recording, (*first[:4], *TARGETS[::-1], Target.single(0)))
+    np.testing.assert_array_equal(changed[:4].view(np.int64), found[:4].view(np.int64))
 
 
 def test_a_combination_is_the_combination_of_its_parts(tmp_path: Path) -> None:

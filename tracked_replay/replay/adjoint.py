@@ -9,9 +9,11 @@ Near-Optimal Data Attribution for Deep Learning" (2025).
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -27,7 +29,12 @@ from tracked_replay.training.loop import measured
 from tracked_replay.training.state import State, Tensors
 from tracked_replay.training.step import TrainingStep, gradient, seed_step, weighted_loss
 
+logger = logging.getLogger(__name__)
+
 MEASUREMENT_BATCH = 500
+TARGETS_AT_ONCE = 8  # where the config leaves it open and the activations are small
+SMALL_ACTIVATION = 2_000_000  # bytes; the calls of larger ones keep the cores busy without others beside them
+NO_RULE = "There is a performance drop"  # how torch's warning begins: one at a time would be as fast
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,23 @@ class Cotangent:
     parameters: Tensors
     statistics: Tensors
     momentum: Tensors
+
+    @classmethod
+    def stacked(cls, cotangents: Sequence[Cotangent]) -> Cotangent:
+        """Those of several targets as one, with one more dimension in front of every tensor."""
+        return cls(*(_stacked([getattr(one, kind.name) for one in cotangents]) for kind in fields(cls)))
+
+    def unstacked(self, count: int) -> list[Cotangent]:
+        """The other way."""
+        kinds = [getattr(self, kind.name) for kind in fields(self)]
+        return [
+            Cotangent(*({name: tensor[place] for name, tensor in kind.items()} for kind in kinds))
+            for place in range(count)
+        ]
+
+
+def _stacked(parts: Sequence[Tensors]) -> Tensors:
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass
@@ -64,13 +88,16 @@ class StepAdjoint:
         model: the differentiable copy of its model.
         config: clipping options; all off by default, and then the adjoint is exact.
         clips: what clipping did so far.
+        together: how many targets go through the gradient graph at once; ``None`` before the first step.
     """
 
     step: TrainingStep
     config: ReplayConfig = field(default_factory=ReplayConfig)
     clips: ClipCounts = field(default_factory=ClipCounts)
+    together: int | None = None
 
     def __post_init__(self) -> None:
+        self._tried = False  # whether several at once have worked
         # Only clipping reads the gradient itself; all else needs what it depends on.
         self.model = DifferentiableModel(self.step.model, gradient_is_read=self.config.clip_gradient)
 
@@ -117,19 +144,18 @@ class StepAdjoint:
 
         outputs = [*gradients.values(), *updated.values()]
         sources = [*parameters.values(), *statistics.values(), weights]
-        results, scores = [], []
-        for position, cotangent in enumerate(cotangents):
-            passed, momentum, q = self._through_optimizer(before, learning_rates, cotangent, parameter_scales)
+        results: list[Cotangent] = []
+        scores: list[Tensor] = []
+        while len(results) < len(cotangents):
+            chosen = cotangents[len(results) :][: self._at_once()]
+            given = chosen[0] if len(chosen) == 1 else Cotangent.stacked(chosen)
+            passed, momentum, q = self._through_optimizer(before, learning_rates, given, parameter_scales)
             tangents = [q[name] * gradient_scale if gradient_scale < 1 else q[name] for name in gradients]
-            tangents += [cotangent.statistics[name] for name in updated]
-            pulled = torch.autograd.grad(
-                outputs,
-                sources,
-                tangents,
-                retain_graph=position + 1 < len(cotangents),
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            tangents += [given.statistics[name] for name in updated]
+            more = len(results) + len(chosen) < len(cotangents)
+            pulled = self._pull(outputs, sources, tangents, len(chosen), more)
+            if pulled is None:
+                continue
             # Contiguous, whatever layout the kernels left: a cotangent that was saved and read again is so too.
             products = {name: product.contiguous() for name, product in zip(parameters, pulled, strict=False)}
             result = Cotangent(
@@ -137,11 +163,55 @@ class StepAdjoint:
                 statistics=dict(zip(statistics, pulled[len(parameters) :], strict=False)),
                 momentum=momentum,
             )
-            results.append(result)
-            scores.append(pulled[-1])
+            results += [result] if len(chosen) == 1 else result.unstacked(len(chosen))
+            scores += [pulled[-1]] if len(chosen) == 1 else pulled[-1].unbind()
         stacked = torch.stack(scores)
         _require_finite(before.step, stacked, results)
         return results, stacked
+
+    def _at_once(self) -> int:
+        """How many targets go through the gradient graph together, chosen once from the config and from shapes."""
+        if self.together is None:
+            small = self.model.largest_activation <= SMALL_ACTIVATION
+            self.together = self.config.targets_at_once or (TARGETS_AT_ONCE if small else 1)
+        return self.together
+
+    def _pull(
+        self, outputs: Sequence[Tensor], sources: Sequence[Tensor], tangents: Sequence[Tensor], count: int, retain: bool
+    ) -> Sequence[Tensor] | None:
+        """The derivatives of outputs · tangents; ``None`` where several at once cannot be had."""
+
+        retain = retain or (count > 1 and not self._tried)
+
+        def pull(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(
+                outputs, sources, given, retain_graph=retain, allow_unused=True, materialize_grads=True
+            )
+
+        if count == 1:
+            return pull(tangents)
+        if self._tried:
+            return torch.vmap(pull)(tangents)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=NO_RULE)
+                found = torch.vmap(pull)(tangents)
+        except (RuntimeError, UserWarning) as error:
+            self._one_at_a_time(error)
+            return None
+        self._tried = True
+        return found
+
+    def _one_at_a_time(self, error: Exception) -> None:
+        """Settle for it; a layer has no rule for several. Raises ReplayError where the config asks for several."""
+        words = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if self.config.targets_at_once:
+            raise ReplayError(
+                f"replay.targets_at_once: found {self.config.targets_at_once}, but a layer of the model cannot be "
+                f"differentiated for several targets at once ({words}); allowed: 1, or 0 to leave the choice open"
+            ) from None
+        logger.info("one target at a time: a layer cannot be differentiated for several at once (%s)", words)
+        self.together = 1
 
     def _forward(
         self, before: State, parameters: Tensors, statistics: Tensors, weights: Tensor, inputs: Tensor, labels: Tensor

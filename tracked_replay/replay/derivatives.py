@@ -16,9 +16,24 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-aten = torch.ops.aten
-
-Maybe = Tensor | None
+from tracked_replay.replay.kernels import (
+    Geometry,
+    Maybe,
+    aten,
+    batch_norm_gradient,
+    by_channel,
+    centred_product,
+    channel_sums,
+    convolution_gradient,
+    folded,
+    input_gradient,
+    is_several,
+    laid_out_like,
+    pull,
+    several_like,
+    weight_gradient,
+)
+from tracked_replay.replay.kernels import convolution as convolve
 
 
 def batch_norm(inputs: Tensor, weight: Maybe, bias: Maybe, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,14 +94,15 @@ class _BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Maybe, g_mean: Maybe, g_variance: Maybe) -> tuple[Maybe, ...]:
         x, weight, mean, scale = ctx.saved_tensors
-        statistics = g_mean is not None or g_variance is not None
-        g = torch.zeros_like(x) if g is None else _laid_out_like(g, x)
-        if statistics and not torch.is_grad_enabled():
-            gx, gw, gb = _batch_norm_gradient_with_statistics(g, x, weight, mean, scale, g_mean, g_variance)
-        else:
+        if g is None and g_mean is None and g_variance is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():
+            g = torch.zeros_like(x) if g is None else laid_out_like(g, x)
             gx, gw, gb = _BatchNormGradient.apply(g, x, weight, mean, scale, ctx.eps)
-            if statistics:
+            if g_mean is not None or g_variance is not None:
                 gx = gx + _statistics_gradient(x, g_mean, g_variance)
+        else:
+            gx, gw, gb = pull(_pull_batch_norm, (g, g_mean, g_variance), x, weight, mean, scale)
         return gx, None if weight is None else gw, gb if ctx.needs_input_grad[2] else None, None
 
 
@@ -97,7 +113,7 @@ class _BatchNormGradient(Function):
     def forward(
         ctx: Any, g: Tensor, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gx, gw, gb = _native_gradient(g, x, weight, mean, scale)
+        gx, gw, gb = batch_norm_gradient(g, x, weight, mean, scale)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, weight, mean, scale, gw, gb)
@@ -109,53 +125,23 @@ class _BatchNormGradient(Function):
         if torch.is_grad_enabled():
             plain = _by_autograd(_plain_batch_norm_gradient, (g, x, weight), (a, b, c), ctx.eps)
             return *plain, None, None, None
-        values = x.numel() // x.shape[1]
-        g_mean, g_normalised = gb / values, gw / values
-        gamma = torch.ones_like(scale) if weight is None else weight
-        zero = torch.zeros_like(scale)
-        if a is None:
-            a_mean = a_normalised = product = zero
-        else:
-            a = _laid_out_like(a, x)
-            _, sum_normalised, sum_ = _native_gradient(a, x, None, mean, scale, (False, True, True))
-            a_mean, a_normalised = sum_ / values, sum_normalised / values
-            product = _centred_product(a, g, g_mean) / values - g_normalised * a_normalised
-        on_normalised = (zero if b is None else b) - gamma * scale * a_normalised
-        on_a = gamma * scale
-        constant = (zero if c is None else c) - on_a * a_mean
-        result_g = _affine(x, on_normalised, mean, scale, constant, [(a, on_a)])
-        result_weight = None if weight is None else scale * product * values
-        if not ctx.needs_input_grad[1]:
-            return result_g, None, result_weight, None, None, None
-        on_g, on_a = scale * on_normalised, -gamma * scale.square() * g_normalised
-        on_normalised = -gamma * scale.square() * product - on_g * g_normalised - on_a * a_normalised
-        constant = -on_g * g_mean - on_a * a_mean
-        result_x = _affine(x, on_normalised, mean, scale, constant, [(a, on_a), (g, on_g)])
-        return result_g, result_x, result_weight, None, None, None
+        wants_x = ctx.needs_input_grad[1]
+        pulled = pull(_pull_batch_norm_gradient, (a, b, c), g, x, weight, mean, scale, gw, gb, wants_x)
+        return *pulled, None, None, None
 
 
-def _native_gradient(
-    g: Tensor,
-    x: Tensor,
-    weight: Maybe,
-    mean: Tensor,
-    scale: Tensor,
-    wanted: tuple[bool, bool, bool] = (True, True, True),
+def _pull_batch_norm(
+    g: Maybe, g_mean: Maybe, g_variance: Maybe, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's fused kernel; the eps among its arguments belongs to another mode."""
-    return aten.native_batch_norm_backward(g, x, weight, None, None, mean, scale, True, 0.0, wanted)
-
-
-def _centred_product(a: Tensor, g: Tensor, mean: Tensor) -> Tensor:
-    """Σ a · (g − mean) for each channel, (C,): what the kernel takes for the gradient with respect to γ."""
-    return _native_gradient(a, g, None, mean, torch.ones_like(mean), (False, True, False))[1]
-
-
-def _batch_norm_gradient_with_statistics(
-    g: Tensor, x: Tensor, weight: Maybe, mean: Tensor, scale: Tensor, g_mean: Maybe, g_variance: Maybe
-) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients with respect to x, γ and β; cotangents of one or several."""
+    if g is None:
+        one = next(part for part in (g_mean, g_variance) if part is not None)
+        g = x.new_zeros(()).expand(*one.shape[:-1], *x.shape)
+    g = laid_out_like(g, x)
+    if g_mean is None and g_variance is None and not is_several(g, x):
+        return batch_norm_gradient(g, x, weight, mean, scale)
     values = x.numel() // x.shape[1]
-    _, gw, gb = _native_gradient(g, x, weight, mean, scale, (False, True, True))
+    gw, gb = channel_sums(g, x, mean, scale)
     on_g = scale if weight is None else scale * weight
     on_normalised = -on_g * gw / values
     if g_variance is not None:
@@ -166,14 +152,53 @@ def _batch_norm_gradient_with_statistics(
     return _affine(x, on_normalised, mean, scale, constant, [(g, on_g)]), gw, gb
 
 
+def _pull_batch_norm_gradient(
+    a: Maybe,
+    b: Maybe,
+    c: Maybe,
+    g: Tensor,
+    x: Tensor,
+    weight: Maybe,
+    mean: Tensor,
+    scale: Tensor,
+    gw: Tensor,
+    gb: Tensor,
+    wants_x: bool,
+) -> tuple[Maybe, Maybe, Maybe]:
+    """What (g, x, γ) get of cotangents of one or several on the gradients with respect to x, γ and β."""
+    values = x.numel() // x.shape[1]
+    g_mean, g_normalised = gb / values, gw / values
+    gamma = torch.ones_like(scale) if weight is None else weight
+    zero = torch.zeros_like(next((part for part in (b, c) if part is not None), scale))
+    if a is None:
+        a_mean = a_normalised = product = zero
+    else:
+        a = laid_out_like(a, x)
+        sum_normalised, sum_ = channel_sums(a, x, mean, scale)
+        a_mean, a_normalised = sum_ / values, sum_normalised / values
+        product = centred_product(a, g, g_mean) / values - g_normalised * a_normalised
+    on_normalised = (zero if b is None else b) - gamma * scale * a_normalised
+    on_a = gamma * scale
+    constant = (zero if c is None else c) - on_a * a_mean
+    result_g = _affine(x, on_normalised, mean, scale, constant, [(a, on_a)])
+    result_weight = None if weight is None else scale * product * values
+    if not wants_x:
+        return result_g, None, result_weight
+    on_g, on_a = scale * on_normalised, -gamma * scale.square() * g_normalised
+    on_normalised = -gamma * scale.square() * product - on_g * g_normalised - on_a * a_normalised
+    constant = -on_g * g_mean - on_a * a_mean
+    result_x = _affine(x, on_normalised, mean, scale, constant, [(a, on_a), (g, on_g)])
+    return result_g, result_x, result_weight
+
+
 def _statistics_gradient(x: Tensor, g_mean: Maybe, g_variance: Maybe) -> Tensor:
     """What mean and unbiased variance add to the gradient with respect to x, as plain operations."""
     values = x.numel() // x.shape[1]
     part = torch.zeros_like(x)
     if g_mean is not None:
-        part = part + _by_channel(g_mean, x) / values
+        part = part + by_channel(g_mean, x) / values
     if g_variance is not None:
-        part = part + (x - _channel_mean(x)) * (_by_channel(g_variance, x) * (2 / (values - 1)))
+        part = part + (x - _channel_mean(x)) * (by_channel(g_variance, x) * (2 / (values - 1)))
     return part
 
 
@@ -183,7 +208,7 @@ def _plain_batch_norm_gradient(g: Tensor, x: Tensor, weight: Maybe, eps: float) 
     normalised = centred * scale
     gx = (g - _channel_mean(g) - normalised * _channel_mean(g * normalised)) * scale
     dims = [dim for dim in range(x.ndim) if dim != 1]
-    return gx if weight is None else gx * _by_channel(weight, x), (g * normalised).sum(dims), g.sum(dims)
+    return gx if weight is None else gx * by_channel(weight, x), (g * normalised).sum(dims), g.sum(dims)
 
 
 def _affine(
@@ -194,12 +219,19 @@ def _affine(
     constant: Tensor,
     others: Sequence[tuple[Maybe, Tensor]],
 ) -> Tensor:
-    """``on_normalised · (x − mean) · scale + constant`` plus factor · tensor for each of ``others``, by channel."""
+    """``on_normalised · (x − mean) · scale + constant`` plus factor · tensor for each of ``others``, by channel.
+
+    Of one or several: ``on_normalised``, ``constant``, and what ``others`` hold.
+    """
     on_x = on_normalised * scale
-    result = torch.addcmul(_by_channel(constant - on_x * mean, x), x, _by_channel(on_x, x))
+    offset = constant - on_x * mean
+    if offset.ndim == 1:
+        result = torch.addcmul(by_channel(offset, x), x, by_channel(on_x, x))
+    else:
+        result = torch.addcmul(by_channel(offset, x), x, by_channel(on_x, x), out=several_like(len(offset), x))
     for tensor, factor in others:
         if tensor is not None:
-            result.addcmul_(tensor, _by_channel(factor, x))
+            result.addcmul_(tensor, by_channel(factor, x))
     return result
 
 
@@ -214,7 +246,7 @@ class _Gelu(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            result, ctx.slope = _GeluGradient.apply(_laid_out_like(g, x), x, ctx.approximate)
+            result, ctx.slope = _GeluGradient.apply(laid_out_like(g, x), x, ctx.approximate)
             return result, None
         if ctx.slope is None:
             return aten.gelu_backward(g, x, approximate=ctx.approximate), None
@@ -273,8 +305,9 @@ class _Convolution(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Maybe, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        known = ctx.weight_gradient or not torch.is_grad_enabled()
-        return *_ConvolutionGradient.apply(g, x, weight, ctx.geometry, wanted, known), None, None
+        if torch.is_grad_enabled():
+            return *_ConvolutionGradient.apply(g, x, weight, ctx.geometry, wanted, ctx.weight_gradient), None, None
+        return *pull(_pull_convolution, (g,), x, weight, ctx.geometry, wanted), None, None
 
 
 class _ConvolutionGradient(Function):
@@ -287,7 +320,7 @@ class _ConvolutionGradient(Function):
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, weight)
-        gx, gw, gb = _convolution_gradient(g, x, weight, geometry, (wanted[0], wanted[1] and known, wanted[2]))
+        gx, gw, gb = convolution_gradient(g, x, weight, geometry, (wanted[0], wanted[1] and known, wanted[2]))
         if wanted[1] and not known:
             gw = weight.new_tensor(math.nan).expand_as(weight)
         return gx, gw, gb
@@ -296,30 +329,54 @@ class _ConvolutionGradient(Function):
     def backward(ctx: Any, a: Maybe, b: Maybe, c: Maybe) -> tuple[Maybe, ...]:
         # All of this can be differentiated again by autograd: the tensors saved have their graphs.
         g, x, weight = ctx.saved_tensors
-        parts = []
-        if a is not None:
-            parts.append(aten.convolution(a, weight, c, *ctx.geometry))
-        if b is not None:
-            parts.append(aten.convolution(x, b, c if a is None else None, *ctx.geometry))
-        if not parts and c is not None:
-            parts.append(_by_channel(c, g).expand_as(g))
-        result = parts[0].add_(parts[1]) if len(parts) == 2 else parts[0] if parts else None
-        # The gradient with respect to x holds the weight, that with respect to the weight holds x: b and a stand in
-        # for them.
-        wanted = (b is not None and ctx.needs_input_grad[1], a is not None and ctx.needs_input_grad[2], False)
-        result_x, result_weight, _ = _convolution_gradient(
-            g, x if a is None else a, weight if b is None else b, ctx.geometry, wanted
-        )
-        return result, result_x, result_weight, None, None, None
+        # The gradient with respect to x holds the weight, that with respect to the weight holds x.
+        wanted = (b is not None and ctx.needs_input_grad[1], a is not None and ctx.needs_input_grad[2])
+        pulling = _pull_convolution_gradient
+        if torch.is_grad_enabled():
+            return *pulling(a, b, c, g, x, weight, ctx.geometry, wanted), None, None, None
+        return *pull(pulling, (a, b, c), g, x, weight, ctx.geometry, wanted), None, None, None
 
 
-def _convolution_gradient(
-    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple, wanted: Sequence[bool]
+def _pull_convolution(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
 ) -> tuple[Maybe, Maybe, Maybe]:
-    if not any(wanted):
-        return None, None, None
-    sizes = [weight.shape[0]] if wanted[2] else None
-    return aten.convolution_backward(g, x, weight, sizes, *geometry, list(wanted))
+    """The gradients with respect to x, weight and bias; ``g`` of one or several."""
+    if not is_several(g, x):
+        return convolution_gradient(g, x, weight, geometry, wanted)
+    return (
+        input_gradient(g, x, weight, geometry, "g") if wanted[0] else None,
+        weight_gradient(g, x, weight, geometry, "g") if wanted[1] else None,
+        g.sum([1, *range(3, g.ndim)]) if wanted[2] else None,
+    )
+
+
+def _pull_convolution_gradient(
+    a: Maybe, b: Maybe, c: Maybe, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    """What (g, x, weight) get of cotangents of one or several on the gradients with respect to x, weight and bias.
+
+    Of one, all of it can be differentiated again by autograd where the tensors have their graphs.
+    """
+    several = any(part is not None and is_several(part, one) for part, one in ((a, x), (b, weight), (c, g[0, :, 0, 0])))
+    parts = []
+    if a is not None:
+        parts.append(convolve(a, weight, c, geometry, several="x" if several else ""))
+    if b is not None:
+        parts.append(convolve(x, b, c if a is None else None, geometry, several="weight" if several else ""))
+    if not parts and c is not None:
+        parts.append(by_channel(c, g).expand(*c.shape[:-1], *g.shape))
+    result = parts[0].add_(parts[1]) if len(parts) == 2 else parts[0] if parts else None
+    if several:
+        return (
+            result,
+            input_gradient(g, x, b, geometry, "weight") if wanted[0] and b is not None else None,
+            weight_gradient(g, a, weight, geometry, "x") if wanted[1] and a is not None else None,
+        )
+    # b and a stand in for the weight and for x.
+    of_x, of_weight, _ = convolution_gradient(
+        g, x if a is None else a, weight if b is None else b, geometry, (*wanted, False)
+    )
+    return result, of_x, of_weight
 
 
 class _AveragePool(Function):
@@ -330,9 +387,11 @@ class _AveragePool(Function):
         return aten.avg_pool2d(x, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Maybe, None]:
         (x,) = ctx.saved_tensors
-        return _AveragePoolGradient.apply(g, x.detach(), ctx.arguments), None
+        if torch.is_grad_enabled():
+            return _AveragePoolGradient.apply(g, x.detach(), ctx.arguments), None
+        return pull(_pull_average_pool, (g,), x, ctx.arguments)[0], None
 
 
 class _AveragePoolGradient(Function):
@@ -340,12 +399,29 @@ class _AveragePoolGradient(Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, arguments: tuple) -> Tensor:
-        ctx.arguments = arguments
+        ctx.arguments, ctx.dimensions = arguments, x.ndim
         return aten.avg_pool2d_backward(g, x, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> tuple[Tensor, None, None]:
-        return _AveragePool.apply(a, ctx.arguments), None, None
+    def backward(ctx: Any, a: Tensor) -> tuple[Maybe, None, None]:
+        if torch.is_grad_enabled():
+            return _AveragePool.apply(a, ctx.arguments), None, None
+        return pull(_pool, (a,), ctx.dimensions, ctx.arguments)[0], None, None
+
+
+def _pull_average_pool(g: Tensor, x: Tensor, arguments: tuple) -> tuple[Tensor]:
+    """The gradient with respect to x, of which only the shape counts; ``g`` of one or several."""
+    if not is_several(g, x):
+        return (aten.avg_pool2d_backward(g, x, *arguments),)
+    inputs = several_like(len(g), x).flatten(0, 1)
+    return (aten.avg_pool2d_backward(folded(g), inputs, *arguments).unflatten(0, g.shape[:2]),)
+
+
+def _pool(a: Tensor, dimensions: int, arguments: tuple) -> tuple[Tensor]:
+    """Average pooling of one, which has so many dimensions, or several."""
+    if a.ndim == dimensions:
+        return (aten.avg_pool2d(a, *arguments),)
+    return (aten.avg_pool2d(folded(a), *arguments).unflatten(0, a.shape[:2]),)
 
 
 def _by_autograd(
@@ -366,18 +442,6 @@ def _by_autograd(
         )
     )
     return tuple(next(found) if tensor is not None and tensor.requires_grad else None for tensor in apart)
-
-
-def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The same values with the strides of ``other``, without which the kernels are slow."""
-    if tensor.stride() == other.stride():
-        return tensor
-    return torch.empty_like(other).copy_(tensor)
-
-
-def _by_channel(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) in the shape that broadcasts to (N, C, ...)."""
-    return values.view([1, -1] + [1] * (like.ndim - 2))
 
 
 def _channel_mean(x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ autograd's. It computes the same function, equal to rounding; no state is ever t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,7 @@ class DifferentiableModel:
         module: the copy.
         statistics: names of the running statistics that have an adjoint.
         counters: names of the integer counters beside them, which change but carry no derivative.
+        largest_activation: bytes of the largest tensor that a layer gave in the first training pass, or of the inputs.
     """
 
     def __init__(self, model: nn.Module, *, gradient_is_read: bool = True) -> None:
@@ -173,6 +175,7 @@ class DifferentiableModel:
         )
         self.counters = tuple(_join(name, "num_batches_tracked") for name in self._normalisations)
         self._channels_last = True
+        self.largest_activation = 0
 
     def training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
         """Outputs in train mode, as a differentiable function of ``tensors``.
@@ -187,6 +190,26 @@ class DifferentiableModel:
             seed: sets torch's generators for this pass.
         """
         self.module.train()
+        if not self.largest_activation:
+            with self._noting_activations():
+                self.largest_activation = inputs.nbytes
+                return self._training_outputs(tensors, inputs, seed)
+        return self._training_outputs(tensors, inputs, seed)
+
+    @contextmanager
+    def _noting_activations(self) -> Iterator[None]:
+        def note(layer: nn.Module, given: object, outputs: object) -> None:
+            if isinstance(outputs, Tensor):
+                self.largest_activation = max(self.largest_activation, outputs.nbytes)
+
+        hooks = [layer.register_forward_hook(note) for layer in self.module.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
         if self._channels_last and inputs.ndim == 4 and inputs.device.type == "cpu":
             outputs = self._with_channels_last(tensors, inputs, seed)
             if outputs is not None:

@@ -229,6 +229,7 @@ def _magic(
         for t, value in enumerate(total.absolute.mean(axis=0)):
             run.metric("influence_by_step/absolute_sum", value, t)
         run.metric("measurement/mean_over_targets", float(np.mean([value for _, value in values])))
+        run.params({"replay_targets_at_once_used": adjoint.together})
         if not exact:
             for name, count in dataclasses.asdict(adjoint.clips).items():
                 run.metric(f"clip/steps_{name}", count)
