@@ -32,7 +32,16 @@ def test_the_projects_dependencies_are_all_recorded(record):
 def test_installed_distributions_are_sorted(record):
     names = list(record["packages"]["installed"])
     assert names == sorted(names, key=lambda name: (name.lower(), name))
-    assert record["packages"]["installed"]["numpy"] == importlib.metadata.version("numpy")
+    for name, version in record["packages"]["installed"].items():
+        assert version == importlib.metadata.version(name), name
+    assert len(names) > 50
+
+
+def test_a_packages_name_is_found_however_it_is_written(monkeypatch):
+    monkeypatch.setattr(environment, "_DEPENDENCIES", ("Scikit_Learn", "typing.extensions"))
+    found = environment_record()["packages"]["project"]
+    assert found["Scikit_Learn"] == importlib.metadata.version("scikit-learn")
+    assert found["typing.extensions"] == importlib.metadata.version("typing_extensions")
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):

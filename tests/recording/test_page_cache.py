@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tracked_replay.recording.files import let_go_from_memory
+from tracked_replay.recording.files import PageCache, write_new
 
 PAGES = 200
 
@@ -28,17 +28,61 @@ def test_a_file_that_is_on_the_disk_leaves_the_memory(tmp_path: Path) -> None:
     kind = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if kind == "tmpfs" or resident(path) != PAGES:
         pytest.skip(f"a file system in memory, or with pages of another size: {kind}")
-    let_go_from_memory(path)
+    pages = PageCache()
     with path.open("rb") as stream:
+        pages.let_go(stream.fileno())
         os.fsync(stream.fileno())
-    let_go_from_memory(path)
+    pages.close()
     assert resident(path) == 0
     assert path.read_bytes() == bytes(PAGES * 4096)
 
 
+def test_one_file_at_most_is_kept_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    pages = PageCache()
+    for name in "abcd":
+        write_new(tmp_path / name, [name.encode()], pages.let_go)
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    pages.close()
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert [(tmp_path / name).read_text() for name in "abcd"] == list("abcd")
+
+
 def test_a_system_without_the_call_keeps_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    path = tmp_path / "file"
-    path.write_bytes(b"content")
-    let_go_from_memory(path)
-    assert path.read_bytes() == b"content"
+    pages = PageCache()
+    write_new(tmp_path / "file", [b"content"], pages.let_go)
+    pages.close()
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+PARTS = [b"", b"one", memoryview(bytes(range(256)) * 40), b"", *(bytes([number % 256]) * 3 for number in range(1500))]
+
+
+@pytest.mark.parametrize("system", ["whole", "in pieces", "without the call"])
+def test_a_file_has_all_its_parts(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if system == "without the call":
+        monkeypatch.delattr(os, "writev", raising=False)
+    elif system == "in pieces":
+        monkeypatch.setattr(os, "writev", lambda file, parts: os.write(file, b"".join(parts)[:1000]), raising=False)
+    path = tmp_path / "new folder" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"left by a killed process, longer than what comes" * 1000)
+    path.parent.rename(tmp_path / "other")  # the folder is made, or what is there is written over
+    write_new(path, PARTS)
+    write_new(tmp_path / "other" / "file", PARTS)
+    assert path.read_bytes() == (tmp_path / "other" / "file").read_bytes() == b"".join(PARTS)
+
+
+def test_an_error_leaves_no_file(tmp_path: Path) -> None:
+    def fail(file: int) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_new(tmp_path / "file", [b"content"], fail)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "folder").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        write_new(tmp_path / "folder" / "file", [b"content"])

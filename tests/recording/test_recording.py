@@ -18,6 +18,7 @@ from tracked_replay.determinism import load_generator_states
 from tracked_replay.errors import RecordingError, ReplayError
 from tracked_replay.recording import Recorder, Recording, folder_source, state_digest
 from tracked_replay.recording import checkpoints as checkpoint_files
+from tracked_replay.recording.files import PageCache
 from tracked_replay.replay import states_backward
 from tracked_replay.training import State, train
 
@@ -196,9 +197,9 @@ def test_an_error_while_writing_stops_the_training(
 
     real = checkpoint_files.write_checkpoint
 
-    def write(root: Path, state: State):
+    def write(root: Path, state: State, pages: PageCache):
         fail(root, state)
-        return real(root, state)
+        return real(root, state, pages)
 
     monkeypatch.setattr(checkpoint_files, "write_checkpoint", write)
     with pytest.raises(OSError, match="no space left"):

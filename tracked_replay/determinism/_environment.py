@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +89,22 @@ def environment_record() -> dict[str, Any]:
 def _packages() -> dict[str, dict[str, Any]]:
     installed: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
+        # The headers only: the package's whole description stands below them.
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        headers = HeaderParser().parsestr(text.partition("\n\n")[0])
         # Of two with one name the first on the path is the one that is imported; a broken one has no name.
-        if name:
-            installed.setdefault(name, distribution.version)
+        if headers["Name"]:
+            installed.setdefault(headers["Name"], headers["Version"] or "")
+    by_plain_name = {_plain(name): version for name, version in reversed(installed.items())}
     return {
-        "project": {name: _version(name) for name in _DEPENDENCIES},
+        "project": {name: by_plain_name.get(_plain(name)) for name in _DEPENDENCIES},
         "installed": dict(sorted(installed.items(), key=lambda item: (item[0].lower(), item[0]))),
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _plain(name: str) -> str:
+    """A distribution's name as names are compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _blas() -> dict[str, Any]:

@@ -194,19 +194,15 @@ def _digest(arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def save_generator_states(states: GeneratorStates, path: str | os.PathLike[str]) -> None:
-    """Write generator states as a safetensors file, the same bytes for the same states.
+def generator_states_bytes(states: GeneratorStates) -> bytes:
+    """Generator states as a safetensors file, the same bytes for the same states.
 
     The tensors are ``python_words``, ``numpy_words``, ``torch_cpu`` and ``torch_cuda.{device}``. The metadata has one
     key, ``generator_states``: JSON with the format number, the scalars (floats as `float.hex` strings, which are
-    exact) and a SHA-256 of all content. The file is written beside its place and then moved there.
+    exact) and a SHA-256 of all content, by which a file that was cut short is told.
 
     Args:
         states: what to write.
-        path: the file; its folder must exist.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     arrays = _arrays_of(states)
     gauss = states.python_gauss_next
@@ -219,12 +215,24 @@ def save_generator_states(states: GeneratorStates, path: str | os.PathLike[str])
     }
     # One key only: safetensors writes several metadata keys in an order that changes from process to process.
     description = {"digest": _digest(arrays, scalars), "format": _FORMAT, "scalars": scalars}
-    content = safetensors.numpy.save(arrays, {_METADATA_KEY: json.dumps(description, sort_keys=True)})
+    return safetensors.numpy.save(arrays, {_METADATA_KEY: json.dumps(description, sort_keys=True)})
+
+
+def save_generator_states(states: GeneratorStates, path: str | os.PathLike[str]) -> None:
+    """Write generator states as a file; see `generator_states_bytes`. It is written beside its place and moved there.
+
+    Args:
+        states: what to write.
+        path: the file; its folder must exist.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     target = Path(path)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         with aside.open("xb") as file:
-            file.write(content)
+            file.write(generator_states_bytes(states))
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from tracked_replay.errors import RecordingError
-from tracked_replay.recording.files import bits, content_digest, state_digest, write_aside
+from tracked_replay.recording.files import PageCache, bits, content_digest, state_digest, write_aside, write_new
 from tracked_replay.training.state import State
 
 FOLDER = "checkpoints"
@@ -57,11 +57,16 @@ def checkpoint_file(step: int) -> str:
     return f"{FOLDER}/step-{step:06d}.safetensors"
 
 
-def write_checkpoint(root: Path, state: State) -> Checkpoint:
+def write_checkpoint(root: Path, state: State, pages: PageCache | None = None) -> Checkpoint:
     """Save a state under ``root/checkpoints``; the same state always gives the same bytes.
 
-    They are those of ``safetensors.torch.save``, written from the tensors' own memory: the library first makes a copy
-    of all of it.
+    The file is not moved into place: it counts from when the manifest or the journal names it. Its bytes are those of
+    ``safetensors.torch.save``, written from the tensors' own memory; the library first makes a copy of all of it.
+
+    Args:
+        root: the recording's folder.
+        state: on any device.
+        pages: lets go of the file where one is given.
     """
     file = checkpoint_file(state.step)
     content = {name: bits(tensor) for name, tensor in state.flat().items()}
@@ -70,17 +75,12 @@ def write_checkpoint(root: Path, state: State) -> Checkpoint:
     header = f'{{"__metadata__":{{"step":"{state.step}"}},{rows}'.encode()
     header += b" " * (-len(header) % 8)
     parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little") + header, *(content[name] for name in order)]
-    write_aside(root / file, lambda temporary: _write(temporary, parts))
+    write_new(root / file, parts, None if pages is None else pages.let_go)
     digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(part)
     size = sum(len(part) for part in parts)
     return Checkpoint(state.step, file, state_digest(state, content), digest.hexdigest(), size)
-
-
-def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    with path.open("wb") as stream:
-        stream.writelines(parts)
 
 
 @lru_cache(maxsize=2)  # before and after the first step, which makes the momentum

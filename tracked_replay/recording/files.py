@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tracked_replay.training.state import State
 
+PLAIN = (torch.float32, torch.float64, torch.int64)  # what states mostly hold, and NumPy has too
 ASIDE = ".*.part"  # what an interruption may leave of a file that was being written
 
 
@@ -48,16 +50,74 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def let_go_from_memory(path: Path) -> None:
-    """Ask the kernel to bring a file to the disk and to keep no copy of it in memory; returns at once.
+PARTS_PER_CALL = 512  # half of what the system takes in one call
 
-    The kernel lets go only of what is on the disk already: the first call begins the writing, a later one ends with
-    the memory free. Where the system has no such call, it keeps the copy.
+
+def write_new(path: Path, parts: Sequence[bytes | memoryview], written: Callable[[int], None] | None = None) -> None:
+    """Write a file in its place, for one that nothing reads before it is entered elsewhere as whole.
+
+    That saves moving it. An error leaves no file; of a killed process a part may stay, and is written over.
+
+    Args:
+        path: the file.
+        parts: its content, in order; bytes or C-contiguous memory.
+        written: called with the open file's number after the last part.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with path.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        with path.open("wb", buffering=0 if hasattr(os, "writev") else -1) as stream:
+            if hasattr(os, "writev"):
+                for first in range(0, len(parts), PARTS_PER_CALL):
+                    _write_all(stream.fileno(), parts[first : first + PARTS_PER_CALL])
+            else:
+                stream.writelines(parts)
+                stream.flush()
+            if written is not None:
+                written(stream.fileno())
+    except FileNotFoundError:
+        if path.parent.is_dir():
+            raise
+        path.parent.mkdir(parents=True)
+        write_new(path, parts, written)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(file: int, parts: Sequence[bytes | memoryview]) -> None:
+    rest = deque(memoryview(part).cast("B") for part in parts)
+    while rest:
+        count = os.writev(file, rest)  # may be less than all
+        while rest and count >= len(rest[0]):
+            count -= len(rest.popleft())
+        if count:
+            rest[0] = rest[0][count:]
+
+
+class PageCache:
+    """Keeps what is written one after the other from filling the machine's memory.
+
+    The kernel keeps a written file in memory, first until it is on the disk and then in case it is read. Each file is
+    handed to the disk at once here, which does not wait for it, and its memory is given back when the next one has
+    been written. Where the system has no such call, it keeps the copies.
+    """
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def let_go(self, file: int) -> None:
+        """Of an open file, by its number, that is all written; it may be closed then."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        self.close()
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._last = os.dup(file)
+
+    def close(self) -> None:
+        """Give the last one's memory back, as far as it is on the disk."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            os.posix_fadvise(last, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(last)
 
 
 def content_digest(content: bytes) -> str:
@@ -67,6 +127,8 @@ def content_digest(content: bytes) -> str:
 
 def bits(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in C order."""
+    if tensor.device.type == "cpu" and tensor.dtype in PLAIN and tensor.is_contiguous() and tensor.numel():
+        return tensor.detach().numpy().data.cast("B")  # the same at half the price
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

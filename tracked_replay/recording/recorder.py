@@ -13,8 +13,8 @@ from tracked_replay.determinism import (
     GeneratorStates,
     capture_generator_states,
     environment_record,
+    generator_states_bytes,
     restore_generator_states,
-    save_generator_states,
 )
 from tracked_replay.errors import ConfigError
 from tracked_replay.recording import checkpoints, files, trace
@@ -123,6 +123,7 @@ class Recorder:
             in_background = setup.device.type != "cpu"
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder") if in_background else None
         self._pending: list[Future[None]] = []
+        self._pages = files.PageCache()
         self._finished = False
         (root / DIGESTS).unlink(missing_ok=True)
         for folder in (trace.FOLDER, *(() if unfinished else (checkpoints.FOLDER, GENERATORS))):
@@ -143,6 +144,7 @@ class Recorder:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        self._pages.close()
         self._journal.close()
         if self._finished and kind is None:
             self._journal.remove()
@@ -208,14 +210,10 @@ class Recorder:
         if generators is None:
             digest = files.state_digest(state)
         else:
-            path = self._root / generators_file(state.step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_generator_states(generators, path)
-            checkpoint = checkpoints.write_checkpoint(self._root, state)
-            self._checkpoints.append(checkpoint)
+            files.write_new(self._root / generators_file(state.step), [generator_states_bytes(generators)])
             # A long recording would fill the memory with files; and a page just freed is cheaper than a new one.
-            for written in self._checkpoints[-2:]:
-                files.let_go_from_memory(self._root / written.file)
+            checkpoint = checkpoints.write_checkpoint(self._root, state, self._pages)
+            self._checkpoints.append(checkpoint)
             digest = checkpoint.digest
         if record is not None:
             row = trace.TraceRow(
