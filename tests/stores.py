@@ -21,6 +21,7 @@ def tracking_store(folder: Path, empty_database: Path) -> Iterator[Path]:
         for name in list(os.environ):
             if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
                 patch.delenv(name)
+        patch.setenv("TRACKED_REPLAY_CACHE", str(folder / "cache"))  # not the one of whoever runs the tests
         shutil.copyfile(empty_database, folder / "mlflow.db")
         before = mlflow.get_tracking_uri()
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")

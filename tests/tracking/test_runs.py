@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -289,11 +290,14 @@ def test_train_and_magic_over_http_give_the_bits_of_a_local_store(
     config = tiny_config(train__epochs=1, record__every=2)
     train_run = tr.train(config)
     assert mlflow.get_run(train_run).info.artifact_uri.startswith("mlflow-artifacts:")
-    scores = {
-        mode: tr.load_scores(tr.magic(train_run, "0-1", overrides={"replay.mode": mode}, force=True))
-        for mode in ("stream", "memory")
-    }
+    scores, sent = {}, [0]
+    for mode in ("stream", "memory"):
+        scores[mode] = tr.load_scores(tr.magic(train_run, "0-1", overrides={"replay.mode": mode}, force=True))
+        log = (store / "server.log").read_text()
+        sent.append(len(re.findall(r'"GET \S+/checkpoints/step-\d+\.safetensors ', log)) - sum(sent))
     assert scores["stream"].equals(scores["memory"])
+    # The second replay finds the states 0, 2 and 3 here. What is sent again is read outside of the replay.
+    assert sent[1] - sent[2] == len(list((store / "cache/fetched" / train_run / "checkpoints").iterdir())) == 3
     assert tracking.ui_hint(train_run).startswith(f"{server}/#/experiments/")
     with (
         pytest.raises(RecordingError, match=r"^nothing\.txt cannot be fetched"),
@@ -302,7 +306,7 @@ def test_train_and_magic_over_http_give_the_bits_of_a_local_store(
         pass
     with pytest.raises(RunError, match=r"has no such run$"):
         tr.load_scores("0" * 32)
-    assert list(scratch.iterdir()) == []  # fetched copies are gone
+    assert list(scratch.glob("tracked-replay-*")) == []  # fetched copies are gone
 
     local = store / "local"
     local.mkdir()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tracked_replay.config import Config
 from tracked_replay.errors import RecordingError
@@ -19,6 +19,21 @@ from tracked_replay.recording.trace import Trace, read_trace
 from tracked_replay.training.state import State
 
 Fetch = Callable[[str], AbstractContextManager[Path]]
+
+
+@runtime_checkable
+class FetchAhead(Protocol):
+    """A :data:`Fetch` that takes time for a file, and less for several at once."""
+
+    def __call__(self, name: str) -> AbstractContextManager[Path]:
+        """Open a file by its path."""
+
+    def ahead(self, files: Sequence[str], *, cached: bool) -> AbstractContextManager[Fetch]:
+        """Fetch files in the order in which they will be asked for; ``cached`` allows copies that were kept."""
+
+
+class DamagedCopyError(RecordingError):
+    """A copy that was kept of a file is damaged or gone; it was dropped, so that the next fetch brings a new one."""
 
 
 def folder_source(root: Path) -> Fetch:
@@ -134,5 +149,28 @@ class Recording:
 
     def state(self, checkpoint: Checkpoint) -> State:
         """Read a checkpoint. Raises RecordingError where its file is missing or was changed."""
+        try:
+            return self._state(checkpoint)
+        except DamagedCopyError:
+            return self._state(checkpoint)
+
+    def _state(self, checkpoint: Checkpoint) -> State:
         with self._fetch(checkpoint.file) as path:
             return read_checkpoint(path, checkpoint)
+
+    @contextmanager
+    def ahead(self, checkpoints: Sequence[Checkpoint], *, cached: bool = False) -> Iterator[Recording]:
+        """The same recording for whoever reads checkpoints in a known order: their files are fetched ahead.
+
+        Where files are in place it is the recording itself.
+
+        Args:
+            checkpoints: in the order in which :meth:`state` will be called with them.
+            cached: whether copies may be used that this machine kept, and new ones kept, instead of what the store has
+                now; either way a state is what was recorded.
+        """
+        if not isinstance(self._fetch, FetchAhead):
+            yield self
+            return
+        with self._fetch.ahead([checkpoint.file for checkpoint in checkpoints], cached=cached) as fetch:
+            yield Recording(fetch, self._identity)

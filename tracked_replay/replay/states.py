@@ -67,7 +67,7 @@ def _free_memory(device: torch.device) -> int:
 
 
 def states_backward(
-    setup: TrainingSetup, recording: Recording, mode: str | Plan, last: int | None = None
+    setup: TrainingSetup, recording: Recording, mode: str | Plan, last: int | None = None, *, cached: bool = False
 ) -> Generator[State, None, None]:
     """All states from the last to the first, on the setup's device.
 
@@ -75,14 +75,17 @@ def states_backward(
     a step is taken for that, is the plan's choice; the states are the same bits. The plan counts on a caller who holds
     the state given last, and none before it, while it asks for the next.
 
-    Checkpoints are read ahead on a background thread; an error there is raised here when its state's turn comes. The
-    thread is gone when the iterator is exhausted, closed or has raised.
+    Checkpoints are read ahead on a background thread; where their files are not in place, other threads fetch a few
+    more of them. An error there is raised here when its state's turn comes. The threads are gone when the iterator is
+    exhausted, closed or has raised.
 
     Args:
         setup: the recorded run's setup.
         recording: where the checkpoints are.
         mode: ``memory``, ``stream`` or ``auto``, or a plan made by :func:`choose_plan` for the same ``last``.
         last: number of the state to begin with; the final one where it is ``None``.
+        cached: whether copies of fetched checkpoints may be used that this machine kept, and new ones kept; else all
+            are what the store has now.
 
     Raises:
         ConfigError: ``replay.budget`` is too small.
@@ -96,11 +99,14 @@ def states_backward(
     stops = [*(checkpoint.step for checkpoint in starts[1:]), last + 1]
 
     def read(checkpoint: Checkpoint) -> State:
-        state = recording.state(checkpoint)
+        state = source.state(checkpoint)
         _require_digest(state, digests[checkpoint.step])
         return state
 
-    with closing(_read_ahead(read, reversed(starts), plan.read_ahead)) as first_states:
+    with (
+        recording.ahead(starts[::-1], cached=cached) as source,
+        closing(_read_ahead(read, reversed(starts), plan.read_ahead)) as first_states,
+    ):
         given = (
             state
             for start, stop in zip(reversed(starts), reversed(stops), strict=True)

@@ -70,7 +70,7 @@ class Replay:
 
     def __iter__(self) -> Iterator[StepScores]:
         keep_freed_memory()
-        with closing(states_backward(self._setup, self._recording, self._mode, self.step)) as states:
+        with closing(states_backward(self._setup, self._recording, self._mode, self.step, cached=True)) as states:
             yield from self._steps(states)
 
     def _steps(self, states: Iterator[State]) -> Iterator[StepScores]:

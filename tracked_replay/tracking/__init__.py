@@ -21,6 +21,7 @@ from tracked_replay.tracking.runs import (
     ui_hint,
     ui_path,
 )
+from tracked_replay.tracking.unused import close_unused
 
 __all__ = [
     "FinishedChild",
@@ -28,6 +29,7 @@ __all__ = [
     "Workspace",
     "artifacts_of",
     "claimed",
+    "close_unused",
     "code_digest",
     "find_finished",
     "find_interrupted",

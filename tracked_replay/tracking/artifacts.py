@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import NamedTuple
 
-from mlflow.artifacts import download_artifacts
+from mlflow.entities import Run
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
@@ -19,9 +28,13 @@ from mlflow.utils.uri import is_local_uri
 from tracked_replay.errors import RecordingError, TrackedReplayError
 from tracked_replay.recording import Fetch
 from tracked_replay.recording.journal import FOLDER as RESUME
+from tracked_replay.recording.reader import DamagedCopyError
 from tracked_replay.tracking import names
+from tracked_replay.tracking.fetched import FetchedStates, cache_limit
 
 CACHE = "TRACKED_REPLAY_CACHE"
+FETCHES = 4  # files that are fetched at once, or wait on disk for their turn
+PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Workspace:
     def of(cls, run_id: str) -> Workspace:
         """The workspace of a run; its folder need not be there yet."""
         local = _local_folder(MlflowClient(), run_id)
-        return cls(run_id, local or cache_folder() / "runs" / run_id, local is not None)
+        return cls(run_id, local or waiting_folder(run_id), local is not None)
 
     @contextmanager
     def opened(self, name: str = "") -> Iterator[Path]:
@@ -85,44 +98,178 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or Path(base) / "tracked-replay").expanduser()
 
 
+def waiting_folder(run_id: str) -> Path:
+    """Where the files of a run wait for its end when its store is no folder here."""
+    return cache_folder() / "runs" / run_id
+
+
+def fetched_folder() -> Path:
+    """Where states are kept that were fetched, those of each run in a folder named by its ID."""
+    return cache_folder() / "fetched"
+
+
 def _local_folder(client: MlflowClient, run_id: str) -> Path | None:
-    uri = client.get_run(run_id).info.artifact_uri
+    return _folder_of(client.get_run(run_id))
+
+
+def _folder_of(run: Run) -> Path | None:
+    uri = run.info.artifact_uri
     return Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None
 
 
 def artifact_source(client: MlflowClient, run_id: str) -> Fetch:
-    """Opens a run's artifacts by path; a fetched copy is deleted when its context closes."""
-    local = _local_folder(client, run_id)
+    """Opens a run's artifacts by path; a fetched copy is deleted when its context closes.
+
+    Raises:
+        ConfigError: files would be fetched, and the limit of what is kept of them is none.
+    """
+    run = client.get_run(run_id)
+    local = _folder_of(run)
+    if local is None:
+        return _Remote(client, run, FetchedStates(fetched_folder(), cache_limit()))
 
     @contextmanager
     def fetch(name: str) -> Iterator[Path]:
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or not parts.parts:
-            raise RecordingError(f"{name!r} is not a path inside a run's artifacts")
-        if local is not None:
-            path = local / name
-            if not path.is_file():
-                raise RecordingError(f"{name} is missing from the artifacts of run {run_id}{_cleaned(client, run_id)}")
-            yield path
-            return
-        folder = Path(tempfile.mkdtemp(prefix="tracked-replay-"))
-        try:
-            yield _download(client, run_id, name, folder)
-        finally:
-            shutil.rmtree(folder)
+        _require_inside(name)
+        path = local / name
+        if not path.is_file():
+            raise RecordingError(f"{name} is missing from the artifacts of run {run_id}{_cleaned(client, run_id)}")
+        yield path
 
     return fetch
 
 
+class _Remote:
+    """Artifacts that MLflow fetches; it asks a repository that is made once, and not for the run and its models too.
+
+    Args:
+        client: of the store.
+        run: whose artifacts they are.
+        kept: where states go that are read with ``cached``.
+    """
+
+    def __init__(self, client: MlflowClient, run: Run, kept: FetchedStates) -> None:
+        self._client = client
+        self._run_id = str(run.info.run_id)
+        self._uri = str(run.info.artifact_uri)
+        self._finished = run.info.status == "FINISHED"  # what it recorded does not change any more
+        self._kept = kept
+        if not MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.is_set():
+            MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # one a file, across the replay's own bar
+
+    def __call__(self, name: str) -> AbstractContextManager[Path]:
+        """A file as the store has it."""
+        return self._opened(name)
+
+    @contextmanager
+    def ahead(self, files: Sequence[str], *, cached: bool) -> Iterator[Fetch]:
+        """Fetch files in their order before they are asked for, at most ``FETCHES`` at once and on disk unread.
+
+        Args:
+            files: paths inside the run's artifacts. Any other, and one that is asked for again, is fetched when asked.
+            cached: whether states of finished runs are taken from this machine's copies, and kept there unless the
+                reader finds a fault with them.
+
+        Yields:
+            What opens the files. What went wrong with one is raised when that one is opened.
+        """
+        waiting, begun = deque(dict.fromkeys(files)), dict[str, Future[_Entered]]()
+        turn = Lock()
+        pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch-ahead")
+
+        def begin() -> None:
+            if waiting:
+                name = waiting.popleft()
+                begun[name] = pool.submit(self._enter, name, cached=cached)
+
+        def taken(name: str) -> Future[_Entered] | None:
+            with turn:
+                future = begun.pop(name, None)
+                if future is not None:
+                    begin()
+            return future
+
+        @contextmanager
+        def fetch(name: str) -> Iterator[Path]:
+            future = taken(name)
+            if future is None:
+                with self._opened(name, cached=cached) as path:
+                    yield path
+                return
+            path, open_file = future.result()
+            with open_file:
+                yield path
+
+        for _ in range(FETCHES):
+            begin()
+        try:
+            yield fetch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in begun.values():
+                if not future.cancelled() and future.exception() is None:
+                    future.result().open_file.close()
+
+    def _enter(self, name: str, *, cached: bool) -> _Entered:
+        with ExitStack() as stack:
+            path = stack.enter_context(self._opened(name, cached=cached))
+            return _Entered(path, stack.pop_all())
+
+    @contextmanager
+    def _opened(self, name: str, *, cached: bool = False) -> Iterator[Path]:
+        _require_inside(name)
+        cached = cached and self._finished and self._kept.takes(self._run_id, name)
+        copy = self._kept.find(self._run_id, name) if cached else None
+        if copy is not None:
+            try:
+                yield copy
+            except (RecordingError, OSError) as error:  # OSError: another process removed it to make room
+                self._kept.drop(self._run_id, name)
+                raise DamagedCopyError(str(error)) from error
+            return
+        folder = Path(tempfile.mkdtemp(prefix="tracked-replay-"))
+        try:
+            path = self._download(name, folder)
+            yield path
+            if cached:
+                self._kept.add(self._run_id, name, path)
+        finally:
+            shutil.rmtree(folder)
+
+    @cached_property
+    def _repository(self) -> ArtifactRepository:
+        return get_artifact_repository(self._uri)
+
+    def _download(self, name: str, folder: Path) -> Path:
+        try:
+            path = Path(self._repository.download_artifacts(name, str(folder)))
+        except Exception as error:  # each kind of store raises errors of its own library
+            raise self._not_fetched(name, " ".join(PASSWORD.sub(r"\1:***@", str(error)).split())[:300]) from error
+        if not path.is_file():
+            raise self._not_fetched(name, "it is a folder there")
+        return path
+
+    def _not_fetched(self, name: str, why: str) -> RecordingError:
+        cleaned = _cleaned(self._client, self._run_id)
+        return RecordingError(f"{name} cannot be fetched from the artifacts of run {self._run_id}{cleaned}: {why}")
+
+
+class _Entered(NamedTuple):
+    """A file that was opened, and what closes it."""
+
+    path: Path
+    open_file: ExitStack
+
+
+def _require_inside(name: str) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not parts.parts:
+        raise RecordingError(f"{name!r} is not a path inside a run's artifacts")
+
+
 def _cleaned(client: MlflowClient, run_id: str) -> str:
-    kinds = client.get_run(run_id).data.tags.get(names.CLEANED)
-    return f"; clean removed its {kinds}" if kinds else ""
-
-
-def _download(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path:
     try:
-        return Path(download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        raise RecordingError(
-            f"{name} cannot be fetched from the artifacts of run {run_id}{_cleaned(client, run_id)}: {error}"
-        ) from error
+        kinds = client.get_run(run_id).data.tags.get(names.CLEANED)
+    except MlflowException:  # the server is gone too
+        return ""
+    return f"; clean removed its {kinds}" if kinds else ""

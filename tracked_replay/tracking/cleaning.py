@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -23,6 +24,7 @@ from mlflow.utils.uri import is_local_uri
 
 from tracked_replay.errors import RecordingError, RunError
 from tracked_replay.tracking import names
+from tracked_replay.tracking.artifacts import cache_folder, fetched_folder, waiting_folder
 from tracked_replay.tracking.process import close_abandoned
 from tracked_replay.tracking.runs import existing_run
 
@@ -143,6 +145,29 @@ class EndedRun:
     def remove(self, paths: Collection[str]) -> None:
         """Remove some of :attr:`files`. Raises RecordingError where one cannot be removed."""
         self._store.remove(paths)
+
+    def here(self, *, waiting: bool) -> tuple[StoredFile, ...]:
+        """What this user's cache on this machine holds of the run; paths inside the cache.
+
+        Args:
+            waiting: what an interruption left, to be gone on from and sent at the end, as well as fetched states.
+        """
+        found = (path for folder in self._folders_here(waiting) for path in folder.rglob("*") if path.is_file())
+        return tuple(
+            sorted(StoredFile(path.relative_to(cache_folder()).as_posix(), path.stat().st_size) for path in found)
+        )
+
+    def remove_here(self, *, waiting: bool) -> None:
+        """Remove what :meth:`here` lists. Raises RecordingError where that fails."""
+        for folder in self._folders_here(waiting):
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise RecordingError(f"{folder} cannot be removed: {error}") from error
+
+    def _folders_here(self, waiting: bool) -> list[Path]:
+        folders = [fetched_folder() / self.run_id, *([waiting_folder(self.run_id)] if waiting else [])]
+        return [folder for folder in folders if folder.is_dir()]
 
     @cached_property
     def _store(self) -> _Folder | _Remote:
