@@ -223,6 +223,13 @@ class LdsConfig(Section):
     )
     executor: Literal["local"] = Field(default="local", description="where retrainings run")
     workers: int = Field(default=1, ge=1, description="retrainings at once; 1 runs them in this process")
+    models_at_once: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="retrainings in one batched step; above 1 they equal those done alone within a bound that each run "
+        "checks, at the cost of one more retraining",
+    )
     baselines: bool = Field(default=True, description="score the same subsets by TracIn, last gradient and random too")
     metasmoothness: bool = Field(
         default=False, description="measure whether training moves in a straight line with the weights (3 trainings)"

@@ -8,9 +8,10 @@ from tracked_replay.executors._executors import (
     EXECUTORS,
     Done,
     Executor,
+    InGroups,
     InProcess,
     LocalProcesses,
     make_executor,
 )
 
-__all__ = ["EXECUTORS", "Done", "Executor", "InProcess", "LocalProcesses", "make_executor"]
+__all__ = ["EXECUTORS", "Done", "Executor", "InGroups", "InProcess", "LocalProcesses", "make_executor"]

@@ -106,6 +106,29 @@ class LocalProcesses:
                 pool.shutdown(cancel_futures=True)
 
 
+class InGroups:
+    """Several jobs in one call of the function, which takes a list of jobs and gives their results in its order.
+
+    Args:
+        executor: runs the groups.
+        size: jobs in a group; the last one may have fewer.
+    """
+
+    def __init__(self, executor: Executor, size: int) -> None:
+        self.executor = executor
+        self.size = size
+
+    def run(
+        self, make_context: Callable[[], Any], function: Callable[[Any, Any], Any], jobs: Sequence[Any]
+    ) -> Iterator[Done[Any, Any]]:
+        """See :class:`Executor`. An error is that of every job of its group."""
+        groups = [jobs[first : first + self.size] for first in range(0, len(jobs), self.size)]
+        for group in self.executor.run(make_context, function, groups):
+            results = [None] * len(group.job) if group.result is None else group.result
+            for job, result in zip(group.job, results, strict=True):
+                yield Done(job, result, group.error)
+
+
 def _worker_pool(make_context: Callable[[], Any], function: Callable[[Any, Any], Any]) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         max_workers=1,

@@ -45,6 +45,7 @@ class Retrained:
         final_digest: digest of the final state.
         seconds: time it took.
         state: the final state as the bytes of a safetensors file, where asked.
+        models_at_once: models in each step; 1 where it was done alone.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Retrained:
     final_digest: str
     seconds: float
     state: bytes | None = None
+    models_at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def retrain(setup: TrainingSetup, job: RetrainingJob) -> Retrained:
     """Train once with the job's weights; everything else is the plan of the setup."""
     started = time.perf_counter()
     final = final_state(setup, weight_tensor(setup, job.indices, job.weights))
+    return retrained(setup, job, final, started)
+
+
+def retrained(setup: TrainingSetup, job: RetrainingJob, final: State, started: float) -> Retrained:
+    """What a retraining that ended in ``final`` gives; ``started`` is a reading of ``time.perf_counter``."""
     evaluation = evaluate(setup, final)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in final.flat().items()}
     return Retrained(

@@ -19,6 +19,7 @@ from tracked_replay.lds import (
     RetrainingJob,
     Subset,
     draw_subsets,
+    require_batchable,
     require_no_empty_batch,
     run_checks,
 )
@@ -26,6 +27,7 @@ from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import Target, combine, parse_targets
+from tracked_replay.stages.equality import equality
 from tracked_replay.stages.influence import Influence
 from tracked_replay.stages.lds_result import conclude
 from tracked_replay.stages.magic import (
@@ -104,6 +106,8 @@ def _lds_stage(
         train_run_id = influence.train_run_id
     if train_run_id is not None:
         checked_setup(problem, open_recording(train_run_id))  # what is wrong leaves no run behind
+    if config.models_at_once > 1:
+        require_batchable(set_up(problem.config, problem.task, problem.data), config.models_at_once)
     with stage_run(names.LDS, None, title, {}) as run:
         if influence is None:
             made = magic_stage(problem, targets, train_run_id, force=force, may_point=False).run_id
@@ -155,7 +159,7 @@ def _lds(
     *,
     force: bool,
 ) -> None:
-    keep = problem.config.lds.keep_states
+    keep, at_once = problem.config.lds.keep_states, problem.config.lds.models_at_once
     with tempfile.TemporaryDirectory(prefix="tracked-replay-lds-") as folder:
         root = Path(folder)
         log_problem(problem, run)
@@ -163,7 +167,9 @@ def _lds(
         _checks(root, setup, recording, subsets, influence.config, run)
         require_recorded_measurements(setup, recording, influence)
         jobs = [RetrainingJob(s.id, s.removed, np.zeros(len(s.removed)), keep) for s in subsets]
-        results, errors = retrain_all(problem, influence.train_run_id, jobs, run, executor, force=force)
+        results, errors = retrain_all(
+            problem, influence.train_run_id, jobs, run, executor, force=force, models_at_once=at_once
+        )
         if errors:
             run.reusable = False  # so that the same command tries the missing ones again
             run.tag({names.FAILED: str(len(errors))})
@@ -171,6 +177,8 @@ def _lds(
                 "%d of %d retrainings failed twice; they are missing from the result", len(errors), len(jobs)
             )
             _require_enough(subsets, results, errors)
+        same = equality(problem, influence.train_run_id, jobs, subsets, results, run, force=force)
+        run.tag({names.EQUALITY: same})
         conclude(root, problem, setup, recording, influence, subsets, results, run)
         publish(run, root)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tracked_replay import report
 from tracked_replay.errors import RecordingError
-from tracked_replay.executors import Executor
+from tracked_replay.executors import Executor, InGroups
 from tracked_replay.lds import (
     MakeSetup,
     Retrained,
     RetrainingJob,
     retrain,
+    retrain_together,
 )
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, write_aside, write_digests, write_json
@@ -33,11 +36,13 @@ from tracked_replay.tracking import (
     finished_children,
     names,
     record_child,
+    ui_path,
 )
 
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS = "lds/measurements.parquet"
+SHOWN_EXAMPLES = 12  # in a description
 STATE = "checkpoints/final.safetensors"
 
 
@@ -61,6 +66,7 @@ def retrain_all(
     executor: Executor,
     *,
     force: bool = False,
+    models_at_once: int = 1,
 ) -> Retrainings:
     """Do the retrainings that no finished child run holds yet; each becomes a child run.
 
@@ -71,8 +77,9 @@ def retrain_all(
         run: parent of the child runs.
         executor: from :func:`~tracked_replay.executors.make_executor`.
         force: do all of them.
+        models_at_once: retrainings in one batched step; see :func:`~tracked_replay.lds.retrain_together`.
     """
-    prints = {job.id: _retraining_fingerprint(problem, train_run_id, job) for job in jobs}
+    prints = {job.id: _retraining_fingerprint(problem, train_run_id, job, models_at_once) for job in jobs}
     known = {} if force else finished_children(names.RETRAINING, train_run_id)
     results: dict[int, Retrained] = {}
     errors: dict[int, str] = {}
@@ -86,29 +93,43 @@ def retrain_all(
     if results:
         logger.info("%d of %d retrainings are finished already and are not done again", len(results), len(jobs))
     pending = [job for job in jobs if job.id not in results]
+    describe = _Descriptions(problem, run.run_id, train_run_id)
     make_setup = MakeSetup(problem.config.to_toml())
     for attempt in (1, 2):
         failed = []
-        done = executor.run(make_setup, retrain, pending)
+        if models_at_once == 1:
+            done = executor.run(make_setup, retrain, pending)
+        else:  # what failed beside others is tried again by itself, in the same arithmetic, so that it costs no other
+            together = InGroups(executor, models_at_once if attempt == 1 else 1)
+            done = together.run(make_setup, partial(retrain_together, models=models_at_once), pending)
         for item in progress(done, len(pending), "retrain" if attempt == 1 else "retry", "run"):
             job, result = item.job, item.result
             if isinstance(result, Retrained):
                 results[job.id] = result
-                _record_retraining(run, train_run_id, result, prints[job.id])
+                task, description = problem.task.name, describe(job, result)
+                _record_retraining(run, train_run_id, result, prints[job.id], task, description)
                 continue
             failed.append(job)
             why = f"{type(item.error).__name__}: {item.error}"
             logger.warning("retraining %d failed (attempt %d of 2): %s", job.id, attempt, why)
             if attempt == 2:
                 errors[job.id] = why
-                record_child(run.run_id, names.RETRAINING, f"retraining {job.id}", train_run_id, error=why)
+                record_child(
+                    run.run_id,
+                    names.RETRAINING,
+                    f"retraining {job.id}",
+                    train_run_id,
+                    task=problem.task.name,
+                    description=describe(job, None),
+                    error=why,
+                )
         pending = failed
         if not pending:
             break
     return Retrainings(results, dict(sorted(errors.items())))
 
 
-def _retraining_fingerprint(problem: Problem, train_run_id: str, job: RetrainingJob) -> str:
+def _retraining_fingerprint(problem: Problem, train_run_id: str, job: RetrainingJob, models_at_once: int) -> str:
     return problem.fingerprint(
         names.RETRAINING,
         TRAIN_SECTIONS,
@@ -116,10 +137,51 @@ def _retraining_fingerprint(problem: Problem, train_run_id: str, job: Retraining
         indices=job.indices.tolist(),
         weights=[float(weight).hex() for weight in job.weights],
         keep_state=job.keep_state,
+        models_at_once=models_at_once,
     )
 
 
-def _record_retraining(run: StageRun, train_run_id: str, result: Retrained, fingerprint: str) -> None:
+class _Descriptions:
+    """Describes retrainings; the links are made once for all of them."""
+
+    def __init__(self, problem: Problem, parent_run_id: str, train_run_id: str) -> None:
+        self._task = report.markdown_text(problem.task.name)
+        self._num_train = problem.data.num_train
+        self._links = (
+            f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
+            f"- part of: [{parent_run_id}]({ui_path(parent_run_id)})\n"
+        )
+
+    def __call__(self, job: RetrainingJob, result: Retrained | None) -> str:
+        """The description of a retraining, which failed where there is no result."""
+        words = f"{self._task}, {self._num_train} training examples, retrained {weights_in_words(job)}"
+        if result is None:
+            return f"**Failed twice**, see the tag `error`: {words}.\n\n{self._links}"
+        found = f"evaluation measurement {result.measurements.mean():.4g}"
+        if result.accuracy is not None:
+            found = f"accuracy {result.accuracy:.1%}, {found}"
+        return f"**{found}**: {words}.\n\n{self._links}"
+
+
+def weights_in_words(job: RetrainingJob) -> str:
+    """Which examples have another weight."""
+    removed = not job.weights.any()
+    pairs = list(zip(job.indices.tolist(), job.weights.tolist(), strict=True))[:SHOWN_EXAMPLES]
+    shown = ", ".join(str(index) if removed else f"{index}: {weight:g}" for index, weight in pairs)
+    more = ", …" if len(job.indices) > SHOWN_EXAMPLES else ""
+    return (
+        f"{'without' if removed else 'with another weight for'} {examples_in_words(len(job.indices))} ({shown}{more})"
+    )
+
+
+def examples_in_words(count: int) -> str:
+    """A number of examples."""
+    return f"{count} example{'s' * (count != 1)}"
+
+
+def _record_retraining(
+    run: StageRun, train_run_id: str, result: Retrained, fingerprint: str, task: str, description: str
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         table = pa.table({"evaluation_index": np.arange(len(result.measurements)), "measurement": result.measurements})
@@ -135,8 +197,10 @@ def _record_retraining(run: StageRun, train_run_id: str, result: Retrained, fing
         record_child(
             run.run_id,
             names.RETRAINING,
-            f"retraining {result.id}",
+            f"retraining {result.id}" + (f", {result.models_at_once} at once" if result.models_at_once > 1 else ""),
             train_run_id,
+            task=task,
+            description=description,
             fingerprint=fingerprint,
             metrics=metrics,
             folder=root,
@@ -150,4 +214,11 @@ def _read_retraining(run: FinishedChild, job_id: int) -> Retrained:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     with recording.open(MEASUREMENTS) as path:
         measurements = pq.read_table(path)["measurement"].to_numpy()
-    return Retrained(job_id, measurements, facts.get("accuracy"), str(facts["final_digest"]), float(facts["seconds"]))
+    return Retrained(
+        job_id,
+        measurements,
+        facts.get("accuracy"),
+        str(facts["final_digest"]),
+        float(facts["seconds"]),
+        models_at_once=int(facts["models_at_once"]),
+    )

@@ -4,10 +4,11 @@ from tracked_replay.training.groups import ParameterGroup, parameter_groups
 from tracked_replay.training.loop import StepRecord, TrainingPlan, TrainingSetup, evaluate, measured, set_up, train
 from tracked_replay.training.schedule import SHARED_INSTANCE, learning_rates
 from tracked_replay.training.state import State, initial_state
-from tracked_replay.training.step import StepResult, TrainingStep, gradient, seed_step, weighted_loss
+from tracked_replay.training.step import BatchedStep, StepResult, TrainingStep, gradient, seed_step, weighted_loss
 
 __all__ = [
     "SHARED_INSTANCE",
+    "BatchedStep",
     "ParameterGroup",
     "State",
     "StepRecord",

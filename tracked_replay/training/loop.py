@@ -70,14 +70,15 @@ class TrainingSetup:
 
         Args:
             state: on the setup's device.
-            weights: weight of every training example, (training examples,); ``None`` means all 1.
+            weights: weight of every training example, (training examples,), or (K, training examples) for a
+                :class:`BatchedStep`; ``None`` means all 1.
 
         Returns:
             The next state with the loss, and the batch that the step saw.
         """
         t = state.step
         batch = self.batch(t)
-        chosen = None if weights is None else weights[batch.indices.to(weights.device)]
+        chosen = None if weights is None else weights[..., batch.indices.to(weights.device)]
         return self.step(state, batch.inputs, batch.labels, self.plan.learning_rates[t].tolist(), chosen), batch
 
 

@@ -74,12 +74,17 @@ class TrainingStep:
         buffers = {name: tensor.clone() for name, tensor in state.buffers.items()}  # BatchNorm updates them in place
         seed_step(self.seed, state.step)
         self.model.train()
-        outputs = functional_call(self.model, {**parameters, **buffers}, (inputs,))
-        loss = weighted_loss(self.per_example_loss(outputs, labels), len(labels), weights)
-        gradients = gradient(loss, parameters)
+        loss = self._loss(parameters, buffers, inputs, labels, weights)
+        gradients = gradient(loss.sum() if loss.ndim else loss, parameters)
         after = self._update(state, buffers, gradients, learning_rates)
         _require_finite(state.step, loss.detach(), gradients, after)
         return StepResult(after, loss.detach())
+
+    def _loss(
+        self, parameters: Tensors, buffers: Tensors, inputs: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        outputs = functional_call(self.model, {**parameters, **buffers}, (inputs,))
+        return weighted_loss(self.per_example_loss(outputs, labels), len(labels), weights)
 
     def _update(self, state: State, buffers: Tensors, gradients: Tensors, learning_rates: Sequence[float]) -> State:
         parameters = {name: tensor.clone() for name, tensor in state.parameters.items()}
@@ -99,6 +104,22 @@ class TrainingStep:
                 made = zip(group.parameters, new, strict=True)
                 momentum |= {name: buffer for name, buffer in made if buffer is not None}
         return State(state.step + 1, parameters, buffers, momentum)
+
+
+class BatchedStep(TrainingStep):
+    """The same step of K models at once: all see one batch, each with weights of its own.
+
+    Every tensor of the states has the model as its first dimension, (K, ...); weights are (K, B), the loss is (K,).
+    Only the forward pass knows of it: the gradient of the summed losses is each model's own, and SGD goes by elements.
+    Layers that draw random numbers draw those of a step alone, the same ones for every model.
+    """
+
+    def _loss(
+        self, parameters: Tensors, buffers: Tensors, inputs: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        dimensions = (0, 0, None, None, None if weights is None else 0)
+        together = torch.vmap(super()._loss, in_dims=dimensions, randomness="same")
+        return together(parameters, buffers, inputs, labels, weights)
 
 
 def seed_step(master_seed: int, step: int) -> None:
@@ -140,8 +161,9 @@ def _require_finite(step: int, loss: Tensor, gradients: Tensors, after: State) -
     values = [loss, *gradients.values(), *after.parameters.values()]
     if torch.isfinite(torch.nn.utils.get_total_norm(values)):
         return
-    if not torch.isfinite(loss):
-        raise NumericalError(f"step {step}: the loss is {loss.item()}; lower train.lr or look at the batch's data")
+    bad = loss[~torch.isfinite(loss)]
+    if len(bad):
+        raise NumericalError(f"step {step}: the loss is {bad[0].item()}; lower train.lr or look at the batch's data")
     for kind, tensors in (("gradient", gradients), ("parameter", after.parameters)):
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
