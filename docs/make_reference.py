@@ -76,10 +76,15 @@ TAGS = {
         "runs made by `mlflow run` that found their result",
         "run ID of the earlier run that holds the result; wherever a run ID is taken, this one is followed",
     ),
-    "task": ("every run but `retraining` and those that reuse", "name of the task"),
+    "task": ("every run but `compare` and those that reuse", "name of the task"),
     "failed_retrainings": (
         "`lds`",
         "how many retrainings failed twice and are missing from the result; such a run has no fingerprint",
+    ),
+    "equality": (
+        "`lds`",
+        "`bitwise` where each retraining was done alone; with `lds.models_at_once` above 1 the bound on how far they "
+        "differ from one done alone, and what was found in this run",
     ),
     "process": (
         "every run but `retraining` and those that reuse",

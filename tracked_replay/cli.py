@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -38,6 +39,9 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 # MLflow tells at INFO what a user of these commands did not ask (system metrics, tables), and prints a URL of its own.
 QUIET_MLFLOW = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
+MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # set by `mlflow run`; asked for here so that MLflow need not be loaded for it
+FIRST_WORDS, PRINTED = 60, 6000  # characters in the name and the description of a run that no stage took over
+
 logger = logging.getLogger("tracked_replay")
 
 
@@ -54,10 +58,39 @@ def cli() -> None:
     """Train once under MLflow; then ask exact questions about the training data by run ID."""
 
 
-def _show_config(parameters: ShowConfigParameters) -> None:
+class _Said(NamedTuple):
+    """What a command without a run of its own has to say, for the run that `mlflow run` made.
+
+    Attributes:
+        about: what it was about, for the run's name.
+        text: what it printed.
+    """
+
+    about: str
+    text: str
+
+
+class _Verdict(SystemExit):
+    """Ends a command whose exit code is a verdict.
+
+    Attributes:
+        said: see :class:`_Said`; ``None`` where a run holds the result.
+    """
+
+    def __init__(self, code: int, said: _Said | None = None) -> None:
+        super().__init__(code)
+        self.said = said
+
+
+def _say(about: str, text: str) -> _Said:
+    click.echo(text.rstrip("\n"))
+    return _Said(about, text)
+
+
+def _show_config(parameters: ShowConfigParameters) -> _Said:
     from tracked_replay.stages.show_config import describe
 
-    click.echo(describe(parameters.config()), nl=False)
+    return _say(Path(parameters.preset).name, describe(parameters.config()))
 
 
 def _train(parameters: TrainParameters) -> None:
@@ -111,8 +144,8 @@ def _lds(parameters: LdsParameters) -> None:
     from tracked_replay.tracking import input_by_id
 
     _show_lds(run_id)
-    magic_run = input_by_id(run_id, "magic_run_id")
-    _closing("LDS run", run_id, f"tracked-replay lds --magic-run-id {magic_run} --drop 0.01,0.05,0.1,0.2")
+    training = input_by_id(run_id, "train_run_id")
+    _closing("LDS run", run_id, f"tracked-replay suspects --train-run-id {training}")
 
 
 def _show_lds(run_id: str) -> None:
@@ -133,23 +166,20 @@ def _main(parameters: MainParameters) -> None:
     from tracked_replay.tracking import input_by_id
 
     _show_lds(input_by_id(run_id, "lds_run_id"))
-    magic_run = input_by_id(run_id, "magic_run_id")
-    _closing("main run", run_id, f"tracked-replay lds --magic-run-id {magic_run} --drop 0.01,0.05,0.1,0.2")
+    training = input_by_id(run_id, "train_run_id")
+    _closing("main run", run_id, f"tracked-replay suspects --train-run-id {training}")
 
 
-def _verify(parameters: VerifyParameters) -> None:
+def _verify(parameters: VerifyParameters) -> _Said | None:
     _require_only(parameters)
     if parameters.iterations:
-        _self_test(parameters)
-        return
+        return _self_test(parameters)
     if parameters.certificate:
         from tracked_replay.stages.reproduce import run_check_certificate
 
         certificate, held = run_check_certificate(parameters.certificate, parameters.train_run_id)
-        for name in held:
-            click.echo(f"holds: {name}")
-        click.echo(f"the certificate holds; its verdict: {certificate.verdict}")
-        return
+        lines = [*(f"holds: {name}" for name in held), f"the certificate holds; its verdict: {certificate.verdict}"]
+        return _say("certificate", "\n".join(lines))
     if not parameters.train_run_id:
         raise ConfigError(
             "train_run_id: nothing was given; allowed: a finished run of stage 'train', or certificate, or iterations"
@@ -164,6 +194,7 @@ def _verify(parameters: VerifyParameters) -> None:
     )
     click.echo("all checks passed")
     _closing("verify run", run_id, f"tracked-replay magic --train-run-id {parameters.train_run_id} --targets 0-7")
+    return None
 
 
 def _require_only(parameters: VerifyParameters) -> None:
@@ -181,7 +212,7 @@ def _require_only(parameters: VerifyParameters) -> None:
         raise ConfigError(f"{name}: found {given!r}, which a check of {kind} does not look at; allowed: leave it out")
 
 
-def _self_test(parameters: VerifyParameters) -> None:
+def _self_test(parameters: VerifyParameters) -> _Said:
     if parameters.train_run_id or parameters.certificate:
         raise ConfigError("iterations: is about this machine alone; allowed: without train_run_id and certificate")
     iterations = _whole("iterations", parameters.iterations, least=2)
@@ -190,9 +221,10 @@ def _self_test(parameters: VerifyParameters) -> None:
     found = verify_reproducibility(iterations)
     if not found:
         raise ReplayError(f"this machine does not repeat a training bit for bit: {found.difference}")
-    click.echo(
+    return _say(
+        f"{found.iterations} iterations",
         f"{found.iterations} iterations and a fresh process agree bit for bit "
-        f"({', '.join(found.devices)}, {found.threads} threads, {found.seconds:.1f} s)"
+        f"({', '.join(found.devices)}, {found.threads} threads, {found.seconds:.1f} s)",
     )
 
 
@@ -222,10 +254,11 @@ def _compare(parameters: CompareParameters) -> None:
         data_root=parameters.data_root or None,
         output=parameters.output or None,
     )
-    click.echo(compared.text)
-    if compared.run_id is not None:
-        _closing("compare run", compared.run_id, f"tracked-replay reproduce --run-id {compared.names[0]}")
-    sys.exit(compared.exit_code)
+    said = _say(" · ".join(Path(name).name for name in compared.names), compared.text)
+    if compared.run_id is None:
+        raise _Verdict(compared.exit_code, said)
+    _closing("compare run", compared.run_id, f"tracked-replay reproduce --run-id {compared.names[0]}")
+    raise _Verdict(compared.exit_code)
 
 
 def _compare_influence(parameters: CompareParameters, max_ulp: int) -> None:
@@ -246,7 +279,7 @@ def _compare_influence(parameters: CompareParameters, max_ulp: int) -> None:
     )
     click.echo(compared.text)
     _closing("compare run", compared.run_id, compared.next_command)
-    sys.exit(compared.exit_code)
+    raise _Verdict(compared.exit_code)
 
 
 def _reproduce(parameters: ReproduceParameters) -> None:
@@ -255,14 +288,14 @@ def _reproduce(parameters: ReproduceParameters) -> None:
     reproduced = run_reproduce(parameters.run_id, data_root=parameters.data_root or None)
     click.echo(reproduced.compared.text)
     _closing("reproduce run", reproduced.run_id, f"tracked-replay verify --certificate {reproduced.run_id}")
-    sys.exit(reproduced.compared.exit_code)
+    raise _Verdict(reproduced.compared.exit_code)
 
 
-def _clean(parameters: CleanParameters) -> None:
+def _clean(parameters: CleanParameters) -> _Said:
     from tracked_replay.stages.clean import describe, run_clean
 
     cleaned = run_clean(parameters.run_id, parameters.what, dry_run=parameters.dry_run, force=parameters.force)
-    click.echo(describe(cleaned), nl=False)
+    return _say(cleaned.run_id[:8], describe(cleaned))
 
 
 def _counterfactual(parameters: CounterfactualParameters) -> None:
@@ -330,9 +363,64 @@ def _code_2_for_errors() -> Iterator[None]:
         _fail(_sentence(error), 2)
 
 
+@contextmanager
+def _run_of_mlflow(command: str) -> Iterator[list[_Said]]:
+    """Under ``mlflow run``: name and describe the run that MLflow made, where no stage takes it over.
+
+    Args:
+        command: its name.
+
+    Yields:
+        A list for what the command has to say.
+    """
+    made = os.environ.get(MADE_BY_MLFLOW)
+    said: list[_Said] = []
+    try:
+        yield said
+    except _Verdict as verdict:
+        if verdict.said is not None:
+            _close_run_of_mlflow(made, command, said=verdict.said)
+        raise
+    except BaseException as error:
+        _close_run_of_mlflow(made, command, error=error)
+        raise
+    if said:
+        _close_run_of_mlflow(made, command, said=said[0])
+
+
+def _close_run_of_mlflow(
+    run_id: str | None, command: str, *, said: _Said | None = None, error: BaseException | None = None
+) -> None:
+    if run_id is None:
+        return
+    from tracked_replay.tracking import close_unused
+
+    if said is not None:
+        words = "makes no run of its own. It printed:"
+        close_unused(run_id, f"{command} · {said.about}", _page_of(command, words, said.text), "FINISHED")
+        return
+    if not isinstance(error, Exception) or isinstance(error, click.exceptions.Abort):
+        close_unused(run_id, f"{command} · interrupted", f"`{command}` was interrupted.", "KILLED")
+        return
+    # MLflow forgets the run when any other ends: an interrupted one that could not be gone on with.
+    refused = _is_users(error) and os.environ.get(MADE_BY_MLFLOW) == run_id
+    sentence = " ".join(_sentence(error).split()) or type(error).__name__
+    name = (
+        f"{command} · {'refused' if refused else 'failed'}: {textwrap.shorten(sentence, FIRST_WORDS, placeholder=' …')}"
+    )
+    words = "was refused before it made a run:" if refused else "failed:"
+    close_unused(run_id, name, _page_of(command, words, f"error: {sentence}"), "FAILED")
+
+
+def _page_of(command: str, words: str, printed: str) -> str:
+    """A description that shows what was printed as it is, whatever it holds."""
+    cut = printed if len(printed) <= PRINTED else f"{printed[:PRINTED]}\n…"
+    return f"`{command}` {words}\n\n{textwrap.indent(cut, '    ', lambda line: True)}\n"
+
+
 VERDICTS = ("compare", "reproduce")  # stages whose exit code is a verdict
 
-STAGES: dict[str, tuple[type[CommonParameters], Callable[[Any], None]]] = {
+STAGES: dict[str, tuple[type[CommonParameters], Callable[[Any], _Said | None]]] = {
     "train": (TrainParameters, _train),
     "magic": (MagicParameters, _magic),
     "lds": (LdsParameters, _lds),
@@ -355,7 +443,7 @@ def _closing(what: str, run_id: str, next_command: str) -> None:
     click.echo(f"next:        {next_command}")
 
 
-def _command(name: str, model: type[CommonParameters], run: Callable[[Any], None]) -> click.Command:
+def _command(name: str, model: type[CommonParameters], run: Callable[[Any], _Said | None]) -> click.Command:
     options: list[click.Parameter] = []
     for field, info in fields_of(model).items():
         option = "--" + field.replace("_", "-")
@@ -377,10 +465,10 @@ def _command(name: str, model: type[CommonParameters], run: Callable[[Any], None
             options.append(click.Option(declarations, help=info.description, default=info.default, show_default=shown))
 
     def callback(**values: object) -> None:
-        with _code_2_for_errors() if name in VERDICTS else nullcontext():
+        with _code_2_for_errors() if name in VERDICTS else nullcontext(), _run_of_mlflow(name) as said:
             parameters = parse(model, values)
             _configure_logging(parameters)
-            run(parameters)
+            said += filter(None, [run(parameters)])
 
     text = f"{model.__doc__}\n\n    Example: tracked-replay {name} {model.example}"
     return click.Command(

@@ -137,6 +137,17 @@ def test_the_steps_of_an_example_are_the_first_and_last_that_changed_its_score()
     assert InfluentialExample(picture).acting is None
 
 
+def test_steps_count_from_0_all_over_the_page_as_they_do_in_the_trace() -> None:
+    steps = 30
+    always = InfluentialExample(Picture(made.pixels(5), "cat", 5, -3.0), np.linspace(-0.1, -3.0, steps))
+    found = document(targets=[made.target(21, helpful=[always], harmful=[], absolute=np.ones(steps))])
+    named = {int(number) for text in found.texts for number in re.findall(r"\bstep (\d+)", text)}
+    ranges = re.findall(r"steps (\d+) to (\d+)", found.words)
+    assert named == {0, steps - 1}
+    assert ("0", str(steps - 1)) in ranges
+    assert "steps count from 0" in found.words
+
+
 def test_without_a_script_every_target_is_there_to_be_read() -> None:
     found = document()
     assert not any("hidden" in given for _, given in found.tags)

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import mlflow
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
 from stage_runs import folder_of
@@ -16,9 +17,14 @@ from tiny import tiny_config
 
 import tracked_replay as tr
 from tracked_replay.cli import STAGES
+from tracked_replay.stages.compare import run_compare
+from tracked_replay.stages.compare_influence import run_compare_influence
 from tracked_replay.stages.counterfactual import run_counterfactual
 from tracked_replay.stages.main import run_main
 from tracked_replay.stages.pictures import tiled
+from tracked_replay.stages.reproduce import run_reproduce
+from tracked_replay.stages.suspects_result import read_suspects
+from tracked_replay.stages.verify import run_verify
 from tracked_replay.tasks import load_task
 from tracked_replay.tracking import names
 
@@ -35,6 +41,13 @@ def runs(shared_store: Path) -> dict[str, mlflow.entities.Run]:
     ids = {stage: tags[f"{names.INPUT}{stage}_run_id"] for stage in ("train", "magic", "lds")} | {"main": main_run}
     ids["counterfactual"] = run_counterfactual("", remove="harmful:2@0", magic_run_id=ids["magic"])
     ids["suspects"] = tr.suspects(ids["train"])
+    ids["verify"] = run_verify(ids["train"])
+    ids["reproduce"] = run_reproduce(ids["train"]).run_id
+    seeded = tr.train(CONFIG.override({"seed": 1}))
+    ids["compare"] = str(run_compare(ids["train"], seeded).run_id)
+    ids["compare several"] = str(run_compare(ids["train"], f"{seeded},{ids['train']}").run_id)
+    ids["compare influence"] = run_compare_influence(ids["magic"], tr.magic(seeded, TARGETS)).run_id
+    ids["retraining"] = retrainings_of(ids["counterfactual"])[0].info.run_id
     return {stage: mlflow.get_run(run_id) for stage, run_id in ids.items()}
 
 
@@ -47,7 +60,16 @@ def table(run: mlflow.entities.Run, name: str) -> list[dict]:
     return [dict(zip(shown["columns"], row, strict=True)) for row in shown["data"]]
 
 
-@pytest.mark.parametrize("stage", ["train", "magic", "lds", "main", "counterfactual", "suspects"])
+def retrainings_of(run_id: str) -> list[mlflow.entities.Run]:
+    found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    return [run for run in found if run.data.tags.get("mlflow.parentRunId") == run_id]
+
+
+STAGES_WITH_A_PAGE = ("train", "magic", "lds", "main", "counterfactual", "suspects", "verify", "reproduce", "compare")
+COMPARISONS = ("compare several", "compare influence")
+
+
+@pytest.mark.parametrize("stage", [*STAGES_WITH_A_PAGE, *COMPARISONS])
 def test_a_description_links_its_inputs_and_ends_with_a_command_that_there_is(stage: str, runs: dict) -> None:
     text = description(runs[stage])
     for key, run_id in runs[stage].data.tags.items():
@@ -57,7 +79,7 @@ def test_a_description_links_its_inputs_and_ends_with_a_command_that_there_is(st
     command = re.search(r"- next.*`tracked-replay (\w+) [^`]+`$", last)
     assert command is not None, last
     assert command[1] in STAGES
-    for path in re.findall(r"`((?:figures|report)/[^`]+)`", text) if stage != "main" else ():
+    for path in re.findall(r"`((?:figures|report|compare)/[^`]+)`", text) if stage != "main" else ():
         assert (folder_of(runs[stage].info.run_id) / path).is_file(), path
 
 
@@ -70,6 +92,59 @@ def test_the_first_lines_hold_the_number_that_one_looks_for(runs: dict) -> None:
     assert f"**accuracy {accuracy:.1%}**" in description(runs["train"])[:FOLDED]
     change = runs["counterfactual"].data.metrics["mean_absolute/actual_change"]
     assert f"changes by {change:.3g}" in description(runs["counterfactual"])[:FOLDED]
+
+
+@pytest.mark.parametrize(
+    ("stage", "verdict"),
+    [
+        ("compare", "**A and B are different, first at step 0.**"),
+        ("reproduce", "**A and B are identical, bit for bit.**"),
+        ("compare several", "**1 of 3 pairs of runs are identical.**"),
+        ("compare influence", "**The scores of A and B are different.**"),
+    ],
+)
+def test_a_comparison_begins_with_its_verdict_and_says_which_run_is_which(stage: str, verdict: str, runs: dict) -> None:
+    text, tags = description(runs[stage]), runs[stage].data.tags
+    assert text.startswith(verdict)
+    second = "reproduced_run_id" if stage == "reproduce" else "run_b"
+    first = "train_run_id" if stage == "reproduce" else "run_a"
+    for side, name in (("A", first), ("B", second)):
+        assert re.search(rf"^- {side}: \[{tags[names.INPUT + name]}\]\(#/", text, re.MULTILINE), side
+    if stage == "compare":
+        assert "Likely cause: " in text
+
+
+def test_a_verification_begins_with_how_many_checks_passed(runs: dict) -> None:
+    passed = int(runs["verify"].data.metrics["checks/passed"])
+    assert description(runs["verify"]).startswith(f"**All {passed} checks passed**")
+
+
+def test_suspects_are_named_in_the_first_lines(runs: dict) -> None:
+    order = read_suspects(runs["suspects"].info.run_id).table["train_index"].to_pylist()
+    found = re.findall(r"#(\d+) \(labelled \w, the model says \w\)", description(runs["suspects"]).split("\n")[0])
+    assert [int(index) for index in found] == order[:3]
+
+
+def test_a_validation_does_not_lead_to_a_far_larger_job(runs: dict) -> None:
+    for stage in ("lds", "main"):
+        train_run = runs[stage].data.tags[f"{names.INPUT}train_run_id"]
+        assert f"`tracked-replay suspects --train-run-id {train_run}`" in description(runs[stage])
+
+
+def test_a_retraining_says_what_was_left_out_and_of_which_run(runs: dict) -> None:
+    retraining, parent = runs["retraining"], runs["counterfactual"]
+    text, root = description(retraining), folder_of(parent.info.run_id)
+    removed = pq.read_table(root / "counterfactual/weights.parquet")["train_index"].to_pylist()
+    assert f"retrained without 2 examples ({', '.join(map(str, removed))})" in text
+    for run_id in (parent.info.run_id, runs["train"].info.run_id):
+        assert f"[{run_id}](#/experiments/{parent.info.experiment_id}/runs/{run_id})" in text
+    measured = retraining.data.metrics["evaluation_measurement"]
+    assert f"evaluation measurement {measured:.4g}**" in text
+    assert retraining.data.tags[names.TASK] == parent.data.tags[names.TASK] == "TinyTask"
+    for run in retrainings_of(runs["lds"].info.run_id):
+        subset = json.loads((folder_of(run.info.run_id) / "lds/retraining.json").read_text())["id"]
+        table = pq.read_table(folder_of(runs["lds"].info.run_id) / "lds/subsets.parquet").to_pylist()
+        assert f"({', '.join(map(str, table[subset]['removed'][:12]))}" in description(run)
 
 
 def test_a_main_run_can_be_sorted_by_what_its_stages_found(runs: dict) -> None:
@@ -117,7 +192,7 @@ def test_a_table_shows_the_picture_of_each_training_example(stage: str, name: st
 def test_a_mean_has_pictures_too(runs: dict) -> None:
     root = folder_of(runs["magic"].info.run_id)
     assert (root / "figures/target-combination-1-extremes.png").is_file()
-    steps = {re.findall(r"targets\Wstep\W(\d+)", path.name)[0] for path in (root / "images").iterdir()}
+    steps = {re.findall(r"targets\Wstep\W(\d+)", path.name)[0] for path in (root / "images").glob("targets*")}
     assert steps == {"0", "1"}
 
 

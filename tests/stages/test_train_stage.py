@@ -19,7 +19,7 @@ import tracked_replay as tr
 from tracked_replay.config import Config
 from tracked_replay.recording import state_digest
 from tracked_replay.stages.problem import Problem
-from tracked_replay.stages.train import SECTIONS, open_recording
+from tracked_replay.stages.train import SECTIONS, _going_on, open_recording
 from tracked_replay.tracking import artifacts_of, names
 from tracked_replay.training import train
 
@@ -183,3 +183,9 @@ def test_a_store_in_a_folder_with_odd_letters(tmp_path: Path, empty_database: Pa
         run_id = tr.train(own_config(write_task(folder)))
         table = tr.load_scores(tr.magic(run_id, "0"))
     assert np.isfinite(table["score"].to_numpy()).all()
+
+
+@pytest.mark.parametrize(("step", "words"), [(0, "begins again"), (187, "going on at step 187")])
+def test_what_is_said_of_an_interrupted_training_is_true_of_its_first_step_too(step: int, words: str) -> None:
+    assert words in _going_on(step)
+    assert "step 0" not in _going_on(step)

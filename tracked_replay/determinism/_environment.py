@@ -25,6 +25,7 @@ _DEPENDENCIES = (
     "matplotlib",
     "mlflow",
     "numpy",
+    "pillow",
     "psutil",
     "pyarrow",
     "pydantic",

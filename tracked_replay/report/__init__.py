@@ -4,10 +4,11 @@ Knows no MLflow, torch or run.
 """
 
 from ._canvas import figure_png_bytes
-from ._compare import comparison_html, comparison_text
+from ._compare import comparison_headline, comparison_html, comparison_text
 from ._compare_figure import comparison_figure
 from ._compare_matrix import comparison_matrix_html, comparison_matrix_text
 from ._curves import influence_over_training_figure, influence_share_over_training_figure, training_figure
+from ._frames import FRAME_EXAMPLES, training_frame
 from ._influence import (
     Agreement,
     ClassInfluence,
@@ -21,6 +22,7 @@ from ._influence import (
 )
 from ._influence_compare import (
     INFLUENCE_COMPARISON_TARGETS,
+    influence_comparison_headline,
     influence_comparison_html,
     influence_comparison_text,
     influence_scatter_figure,
@@ -34,6 +36,7 @@ from ._text import markdown_text, plain_text
 from ._thumbnails import png_bytes, shrunk
 
 __all__ = [
+    "FRAME_EXAMPLES",
     "INFLUENCE_COMPARISON_TARGETS",
     "Agreement",
     "ClassInfluence",
@@ -48,6 +51,7 @@ __all__ = [
     "Validation",
     "class_influence",
     "comparison_figure",
+    "comparison_headline",
     "comparison_html",
     "comparison_matrix_html",
     "comparison_matrix_text",
@@ -55,6 +59,7 @@ __all__ = [
     "counterfactual_figure",
     "extremes_figure",
     "figure_png_bytes",
+    "influence_comparison_headline",
     "influence_comparison_html",
     "influence_comparison_text",
     "influence_over_training_figure",
@@ -70,4 +75,5 @@ __all__ = [
     "shrunk",
     "suspects_figure",
     "training_figure",
+    "training_frame",
 ]

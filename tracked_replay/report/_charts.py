@@ -100,7 +100,10 @@ def sparkline(along: np.ndarray, low: float, high: float, kind: str) -> Markup:
 
 
 def share_chart(absolute: np.ndarray, words: str) -> Markup:
-    """Draw which share of the influence each part of the training has; `absolute`: (steps,), never negative."""
+    """Draw which share of the influence each part of the training has; `absolute`: (steps,), never negative.
+
+    Steps count from 0, as in the trace.
+    """
     width, height, base = 360, 132, 104
     left, right = 8.0, width - 8.0
     values = _means(absolute / (float(absolute.max()) or 1.0), _SHARE_POINTS)
@@ -109,7 +112,7 @@ def share_chart(absolute: np.ndarray, words: str) -> Markup:
     x = np.concatenate([[left], np.repeat(edges, 2)[1:-1], [right]])
     y = np.concatenate([[base], base - (base - 14) * np.repeat(values, 2) / top, [base]])
     body = _path("share", x, y, closed=True) + _line("axis", left, base, right, base)
-    body += _text(left, base + 20, "first step") + _text(right, base + 20, f"step {len(absolute):,}", "end")
+    body += _text(left, base + 20, "step 0") + _text(right, base + 20, f"step {len(absolute) - 1:,}", "end")
     return _svg(width, height, words, body)
 
 

@@ -63,7 +63,7 @@ def _is_exact(tolerance: Tolerance) -> bool:
     return not tolerance.max_ulp and not tolerance.ignore
 
 
-def headline(comparison: Comparison) -> str:
+def comparison_headline(comparison: Comparison) -> str:
     """The verdict as one plain sentence."""
     if comparison.verdict == "incomparable":
         return "A and B cannot be compared."
@@ -251,7 +251,7 @@ def comparison_html(comparison: Comparison, figure_png: bytes | None, links: Map
         "compare.html.j2",
         links,
         comparison=comparison,
-        headline=headline(comparison),
+        headline=comparison_headline(comparison),
         symbol=_SYMBOLS[comparison.verdict],
         tolerance=tolerance_sentence(comparison.tolerance),
         summary=shown(comparison.summary, _MAX_SUMMARY),
@@ -344,7 +344,7 @@ def comparison_text(comparison: Comparison) -> str:
     """Return a comparison for the terminal: at most 26 lines of at most 100 characters, plain text."""
     trace = [f"{item.column} from step {item.step:,} on" for item in comparison.trace]
     lines = [
-        headline(comparison),
+        comparison_headline(comparison),
         *(f"{side}: {plain_text(name, COLUMNS - 3)}" for side, name in (("A", comparison.a), ("B", comparison.b))),
         *wrapped(comparison.summary, 2),
         *([] if _is_exact(comparison.tolerance) else wrapped(tolerance_sentence(comparison.tolerance), 2)),

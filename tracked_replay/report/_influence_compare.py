@@ -154,7 +154,7 @@ def influence_comparison_html(
         "influence_compare.html.j2",
         links,
         comparison=comparison,
-        headline=_HEADLINES[comparison.verdict],
+        headline=influence_comparison_headline(comparison),
         symbol=_SYMBOLS[comparison.verdict],
         summary=shown(comparison.summary, _MAX_SUMMARY),
         image=None if figure_png is None else base64.b64encode(figure_png).decode("ascii"),
@@ -212,11 +212,16 @@ def _text_moved(comparison: InfluenceComparison, label_names: Sequence[str]) -> 
     return lines
 
 
+def influence_comparison_headline(comparison: InfluenceComparison) -> str:
+    """Return the verdict as one plain sentence."""
+    return _HEADLINES[comparison.verdict]
+
+
 def influence_comparison_text(comparison: InfluenceComparison, label_names: Sequence[str]) -> str:
     """Return the comparison for the terminal: at most 26 lines of at most 100 characters, plain text."""
     return "\n".join(
         [
-            _HEADLINES[comparison.verdict],
+            influence_comparison_headline(comparison),
             *(f"{side}: {plain_text(name, COLUMNS - 3)}" for side, name in (("A", comparison.a), ("B", comparison.b))),
             *wrapped(comparison.summary, 4),
             *wrapped(comparison.training, 2),

@@ -235,7 +235,7 @@ def _charts(target: InfluenceTarget, wording: _Wording) -> Iterator[_Chart]:
     yield _Chart("All scores", words, histogram(target.scores, words), axes)
     if target.absolute is not None:
         words = _when_words(target.absolute)
-        axes = "Across: training step. Up: share of the influence."
+        axes = "Across: training step, counted from 0. Up: share of the influence."
         yield _Chart("When in training", words, share_chart(target.absolute, words), axes)
 
 

@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 LOOKED_AT = frozenset({"figures"})  # no stage reads them: what is left is still the run's result
 WITH_RETRAININGS = frozenset({"lds", ALL})  # they take all artifacts of the run's retrainings along
+WITH_COPIES = frozenset({"checkpoints", ALL})  # they take along what this machine keeps of fetched states
 
 
 class Need(NamedTuple):
@@ -82,6 +83,7 @@ class Cleaned:
         removed: whether they are gone; ``False`` after a dry run and where there was nothing to remove.
         downstream: the runs that need them.
         retrainings: files of its retrainings, which are removed with it.
+        here: copies of its states in this machine's cache, and what an interruption left there; paths inside the cache.
     """
 
     run_id: str
@@ -89,16 +91,17 @@ class Cleaned:
     removed: bool
     downstream: tuple[Reader, ...] = ()
     retrainings: tuple[RunFiles, ...] = ()
+    here: tuple[StoredFile, ...] = ()
 
     @property
     def count(self) -> int:
-        """Number of files, those of retrainings among them."""
-        return len(self.files) + sum(len(child.files) for child in self.retrainings)
+        """Number of files, those of retrainings and of the cache among them."""
+        return len(self.files) + sum(len(child.files) for child in self.retrainings) + len(self.here)
 
     @property
     def bytes(self) -> int:
         """Size of all files."""
-        return _size(self.files) + sum(_size(child.files) for child in self.retrainings)
+        return _size(self.files) + sum(_size(child.files) for child in self.retrainings) + _size(self.here)
 
 
 class _Part(NamedTuple):
@@ -126,6 +129,9 @@ def parse_what(text: str) -> tuple[str, ...]:
 def run_clean(run_id: str, what: str, *, dry_run: bool = False, force: bool = False) -> Cleaned:
     """Remove artifacts of a run; its parameters, metrics and tags stay.
 
+    What this machine's cache holds of it goes with them: copies of fetched checkpoints with these, and with all of it
+    also what an interruption left there.
+
     A run that lost what a stage reads is no longer reused: the same command computes the result again. That there is
     nothing to remove is no error.
 
@@ -146,7 +152,9 @@ def run_clean(run_id: str, what: str, *, dry_run: bool = False, force: bool = Fa
     """
     kinds = parse_what(what)
     run = EndedRun.open(run_id)
-    parts = _parts(run, kinds)
+    waiting = ALL in kinds
+    here = run.here(waiting=waiting) if WITH_COPIES & set(kinds) else ()
+    parts = _parts(run, kinds) or ([_Part(run, (), frozenset({ALL}))] if here and waiting else [])
     downstream = _downstream(parts[0]) if parts else ()
     for part in parts:
         part.run.require_removable(part.paths)
@@ -154,9 +162,11 @@ def run_clean(run_id: str, what: str, *, dry_run: bool = False, force: bool = Fa
         if downstream and not force:
             raise _still_needed(parts[0], downstream)
         _remove(parts)
+    if here and not dry_run:
+        run.remove_here(waiting=waiting)
     retrainings = tuple(RunFiles(part.run.run_id, part.files) for part in parts[1:])
     files = parts[0].files if parts else ()
-    return Cleaned(run.run_id, files, bool(parts) and not dry_run, downstream, retrainings)
+    return Cleaned(run.run_id, files, bool(parts or here) and not dry_run, downstream, retrainings, here)
 
 
 def _parts(run: EndedRun, kinds: Sequence[str]) -> list[_Part]:
@@ -231,6 +241,9 @@ def describe(cleaned: Cleaned) -> str:
         name = f"{len(cleaned.retrainings)} retraining{'s' if len(cleaned.retrainings) > 1 else ''}"
         sizes[name] += _size(child.files)
         counts[name] += len(child.files)
+    if cleaned.here:
+        name = "cache of this machine"
+        counts[name], sizes[name] = len(cleaned.here), _size(cleaned.here)
     rows = [(name, counts[name], sizes[name]) for name in sorted(counts, key=lambda name: (-sizes[name], name))]
     rows.append(("total", cleaned.count, cleaned.bytes))
     width = max(len(name) for name, *_ in rows)

@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 from tracked_replay import report
@@ -39,6 +40,8 @@ PAGE = "compare/comparison.html"
 MATRIX = "compare/matrix.json"
 MATRIX_PAGE = "compare/matrix.html"
 MOST_RUNS = 20
+SIDES = ascii_uppercase[:MOST_RUNS]
+DESCRIBED = 10  # pairs in the description
 CHECKED = "Every recorded file was read and is undamaged."
 UNREAD = "All digests of states agree; the checkpoint files themselves were not read (check_files reads them)."
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -220,8 +223,17 @@ def _states(recording: Recording, data_root: str | None) -> StateSource:
     return state
 
 
-def log_comparison(run: StageRun, compared: Compared, more: Mapping[str, str] | None = None) -> None:
-    """Log pages, tables and figure to a run, with further text files by path."""
+def log_comparison(
+    run: StageRun, compared: Compared, more: Mapping[str, str] | None = None, *, next_command: str = ""
+) -> None:
+    """Log pages, tables and figure to a run.
+
+    Args:
+        run: the run.
+        compared: what was found.
+        more: further text files by path.
+        next_command: what the description ends with; to reproduce the first run where it is empty.
+    """
     links = {run_id: ui_path(run_id) for run_id in compared.names}
     verdicts = sorted({comparison.verdict for comparison in compared.comparisons.values()})
     run.tag({names.VERDICT: ", ".join(verdicts)})
@@ -230,15 +242,39 @@ def log_comparison(run: StageRun, compared: Compared, more: Mapping[str, str] | 
         if comparison.first_divergent_step is not None:
             run.metric("first_divergent_step", comparison.first_divergent_step)
         run.metric("tensors/differing", sum(not tensor.equal for tensor in comparison.tensors))
-    linked = [f"- [{run_id}]({path})" for run_id, path in links.items()]
-    summaries = [comparison.summary for comparison in compared.comparisons.values()][:10]
-    run.describe("\n\n".join([*(report.markdown_text(summary) for summary in summaries), "\n".join(linked)]))
+    next_command = next_command or f"tracked-replay reproduce --run-id {compared.names[0]}"
+    run.describe(_description(compared, links, next_command))
     with tempfile.TemporaryDirectory(prefix="tracked-replay-compare-") as folder:
         root = Path(folder)
         write_comparison(root, compared, links)
         for name, content in (more or {}).items():
             write_text(root / name, content)
         publish(run, root)
+
+
+def _description(compared: Compared, links: Mapping[str, str], next_command: str) -> str:
+    sides = [f"- {side}: [{name}]({links[name]})" for side, name in zip(SIDES, compared.names, strict=False)]
+    look = f"- to look at: `{PAGE if len(sides) == 2 else MATRIX_PAGE}` among the artifacts"
+    first = [*_pair(compared.comparisons[0, 1])] if len(sides) == 2 else [*_pairs(compared)]
+    # The first lines are what MLflow shows before "Show more".
+    return "\n\n".join([*first, "\n".join([*sides, look, f"- next: `{next_command}`"])]) + "\n"
+
+
+def _pair(comparison: Comparison) -> Iterator[str]:
+    yield f"**{report.comparison_headline(comparison)}** {report.markdown_text(comparison.summary)}"
+    if comparison.causes:
+        cause = comparison.causes[0]
+        yield report.markdown_text(f"Likely cause: {cause.name}: {cause.text}")
+
+
+def _pairs(compared: Compared) -> Iterator[str]:
+    """Of several runs: how many pairs are the same, and what is said of the first that are not."""
+    found = compared.comparisons
+    same = sum(comparison.verdict == "identical" for comparison in found.values())
+    yield f"**{same} of {len(found)} pairs of runs are identical.**"
+    others = [(places, comparison) for places, comparison in found.items() if comparison.verdict != "identical"]
+    for (row, column), comparison in others[:DESCRIBED]:
+        yield f"{SIDES[row]} and {SIDES[column]}: {report.markdown_text(comparison.summary)}"
 
 
 def write_comparison(root: Path, compared: Compared, links: dict[str, str]) -> None:

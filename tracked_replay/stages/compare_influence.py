@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -262,9 +262,20 @@ def _log(run: StageRun, compared: ComparedInfluence, links: dict[str, str]) -> N
     rows = _moved_rows(compared)
     if rows["target"]:
         run.table(rows, TABLE)
-    linked = [f"- [{run_id}]({path})" for run_id, path in links.items()]
-    sentences = (comparison.summary, comparison.training)
-    run.describe("\n\n".join([*(report.markdown_text(text) for text in sentences), "\n".join(linked)]))
+    run.describe(_description(compared, links))
+
+
+def _description(compared: ComparedInfluence, links: Mapping[str, str]) -> str:
+    found = compared.comparison
+    sides = [("A", found.a, found.training_a), ("B", found.b, found.training_b)]
+    lines = [
+        f"- {side}: [{name}]({links[name]}), of the training run [{training}]({links[training]})"
+        for side, name, training in sides
+    ]
+    lines += [f"- to look at: `{PAGE}` among the artifacts", f"- next: `{compared.next_command}`"]
+    # The first lines are what MLflow shows before "Show more".
+    head = f"**{report.influence_comparison_headline(found)}** {report.markdown_text(found.summary)}"
+    return "\n\n".join([head, report.markdown_text(found.training), "\n".join(lines)]) + "\n"
 
 
 def _moved_rows(compared: ComparedInfluence) -> dict[str, list[Any]]:

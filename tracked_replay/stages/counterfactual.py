@@ -29,7 +29,7 @@ from tracked_replay.stages.lds import matching_influence, require_recorded_measu
 from tracked_replay.stages.magic import checked_setup, magic_stage
 from tracked_replay.stages.parameters import TARGETS
 from tracked_replay.stages.problem import Problem, publish, task_errors
-from tracked_replay.stages.retrainings import retrain_all
+from tracked_replay.stages.retrainings import examples_in_words, retrain_all, weights_in_words
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.stages.train import Outcome, log_problem, open_recording, reuse, save_figure
 from tracked_replay.tracking import StageRun, artifacts_of, names, resolve, stage_run, tag_of, ui_path
@@ -40,7 +40,6 @@ OUTCOMES = "counterfactual/outcomes.parquet"
 WEIGHTS = "counterfactual/weights.parquet"
 TARGETS_FILE = "counterfactual/targets.json"
 SHOWN = 50  # targets in the description
-SHOWN_EXAMPLES = 12  # in the description
 INDEX = r"-?\d{1,18}"  # more digits name no example, and int() refuses thousands of them
 REMOVE_FORMS = "indices (3,17,40-49), the path of a file with one index a line, or harmful:K@TARGET, helpful:K@TARGET"
 WEIGHT_FORMS = "index=weight pairs such as 3=0,17=2.5, or the path of a JSON file {index: weight}"
@@ -223,7 +222,7 @@ def _counterfactual_stage(
     force: bool,
     may_point: bool,
 ) -> Outcome:
-    title = f"counterfactual · {problem.task.name} · {_examples(len(weights))}"
+    title = f"counterfactual · {problem.task.name} · {examples_in_words(len(weights))}"
     train_run_id = influence.train_run_id if influence else train_run_id
     influence = influence or matching_influence(problem, targets, train_run_id)
     if influence is not None:
@@ -299,7 +298,7 @@ def _description(
         lines.append(f"| {target.name} | {recorded:.6g} | {one:.6g} | {other:.6g} |")
     # The first lines are what MLflow shows before "Show more".
     return (
-        f"{report.markdown_text(problem.task.name)} retrained {_weights_in_words(job)}. The measurement of the "
+        f"{report.markdown_text(problem.task.name)} retrained {weights_in_words(job)}. The measurement of the "
         f"targets changes by {change:.3g} in the mean (absolute); the scores predict it up to {error:.3g}.\n\n"
         + "\n".join(lines)
         + f"\n\n- training run: [{influence.train_run_id}]({ui_path(influence.train_run_id)})\n"
@@ -307,19 +306,6 @@ def _description(
         f"- to look at: `figures/counterfactual.png` among the artifacts; the weights are in `{WEIGHTS}`\n"
         f"- next, the same for random subsets: `tracked-replay lds --magic-run-id {influence.run_id}`\n"
     )
-
-
-def _examples(count: int) -> str:
-    return f"{count} example{'s' * (count != 1)}"
-
-
-def _weights_in_words(job: RetrainingJob) -> str:
-    """Which examples have another weight."""
-    removed = not job.weights.any()
-    pairs = list(zip(job.indices.tolist(), job.weights.tolist(), strict=True))[:SHOWN_EXAMPLES]
-    shown = ", ".join(str(index) if removed else f"{index}: {weight:g}" for index, weight in pairs)
-    more = ", …" if len(job.indices) > SHOWN_EXAMPLES else ""
-    return f"{'without' if removed else 'with another weight for'} {_examples(len(job.indices))} ({shown}{more})"
 
 
 def read_counterfactual(run_id: str) -> Counterfactual:

@@ -151,6 +151,16 @@ def extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return helpful, harmful[scores[harmful] > 0]
 
 
+def key_of(target: Target) -> str:
+    """A short name of a target for files and links: what people call a combination can be of any length and signs."""
+    return str(target.id) if target.id >= 0 else f"combination-{-target.id}"
+
+
+def measures_loss(task: Task) -> bool:
+    """Whether the measurement is the loss, so that lower is better."""
+    return type(task).measurement is Task.measurement
+
+
 def _page(
     found: Found,
     *,
@@ -176,7 +186,7 @@ def _page(
         helpful, harmful = _examples(problem, strongest[target.id], found.scores[place], along.get(target.id))
         shown.append(
             report.InfluenceTarget(
-                key=str(target.id) if target.id >= 0 else f"combination-{-target.id}",
+                key=key_of(target),
                 name=target.name,
                 measurement=float(found.measurements[place]),
                 pictures=[_evaluation_picture(problem, index) for index in target.indices[:SHOWN_OF_A_MEAN]],
@@ -192,7 +202,6 @@ def _page(
     labels = problem.data.train.labels.cpu().numpy()
     own = problem.data.evaluation.labels.cpu().numpy()
     classes = [int(own[t.indices[0]]) if len(t.indices) == 1 else t.name for t in targets]
-    own_measurement = type(problem.task).measurement is not Task.measurement
     return report.InfluencePage(
         task=problem.task.name,
         targets=shown,
@@ -200,7 +209,7 @@ def _page(
         training_examples=problem.data.num_train,
         steps=found.recording.trace.steps,
         accuracy=_accuracy(found.runs[names.TRAIN]),
-        is_loss=not own_measurement,
+        is_loss=measures_loss(problem.task),
         exact=found.exact,
         classes=report.class_influence(found.scores, labels, classes, problem.task.label_names),
         validation=validation,
@@ -243,13 +252,14 @@ def _examples(
     helpful, harmful = strongest
     lines: Sequence[np.ndarray | None] = [None] * (len(helpful) + len(harmful)) if along is None else list(along)
     examples = [
-        report.InfluentialExample(_training_picture(problem, int(index), float(scores[index])), line)
+        report.InfluentialExample(training_picture(problem, int(index), float(scores[index])), line)
         for index, line in zip((*helpful, *harmful), lines, strict=True)
     ]
     return examples[: len(helpful)], examples[len(helpful) :]
 
 
-def _training_picture(problem: Problem, index: int, score: float) -> report.Picture:
+def training_picture(problem: Problem, index: int, score: float) -> report.Picture:
+    """A training example with its score."""
     examples = problem.data.train
     label = problem.task.label_names[int(examples.labels[index])]
     return report.Picture(problem.task.draw(examples.inputs[index].cpu()), label, index, score)

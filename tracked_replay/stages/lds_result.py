@@ -280,12 +280,11 @@ def _describe(
         text += f"\n{sentence(smoothness)}\n"
     if not influence.exact:
         text += "\nThe scores are tagged inexact.\n"
-    again = f"tracked-replay lds --magic-run-id {influence.run_id} --drop 0.01,0.05,0.1,0.2"
     train_run_id = influence.train_run_id
     text += (
         f"\n- to look at: `report/index.html` among the artifacts, and `figures/lds-scatter-{drop:g}.png`\n"
         f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
-        f"- next, more shares: `{again}`\n"
+        f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {train_run_id}`\n"
     )
     run.describe(text)

@@ -43,7 +43,14 @@ from tracked_replay.replay import (
 from tracked_replay.replay.plan import Plan
 from tracked_replay.replay.scores import INFLUENCE, PER_STEP, TARGETS
 from tracked_replay.replay.states import choose_plan, require_budget
-from tracked_replay.stages.influence_report import SHOWN_OF_A_MEAN, write_magic_report
+from tracked_replay.stages.along_training import log_along_training
+from tracked_replay.stages.influence_report import (
+    SHOWN_OF_A_MEAN,
+    extremes,
+    key_of,
+    training_picture,
+    write_magic_report,
+)
 from tracked_replay.stages.pictures import enlarged, thumbnail, tiled
 from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import DATA, Outcome, log_problem, open_recording, reuse, save_figure, train_stage
@@ -235,8 +242,10 @@ def _magic(
                 run.metric(f"clip/steps_{name}", count)
         _figures(root, aside, problem, recording, values, total)
         write_magic_report(root, aside, problem, setup, recording, values, total, train_run_id, run)
-        for place, (target, value) in enumerate(values[:FIGURES]):
-            run.image(enlarged(_target_picture(problem, target, value).pixels), key="targets", step=place)
+        pictures = {target: _target_picture(problem, target, value) for target, value in values[:FIGURES]}
+        for place, picture in enumerate(pictures.values()):
+            run.image(enlarged(picture.pixels), key="targets", step=place)
+        log_along_training(run, aside, problem, pictures, recording.trace.steps)
         run.table(_top_examples(root, problem, targets, total.scores), "tables/top_examples.json")
         run.describe(_description(problem, values, total.scores, train_run_id, run.run_id, plan.mode, exact))
         if config.replay.per_step:
@@ -273,7 +282,10 @@ def _replay(
     if saved is not None:
         saved.restore(total, per_step, adjoint.clips)
         position, done = (saved.step, saved.cotangents), steps - saved.step
-        logger.info("going on at step %d of an interrupted replay, run %s", saved.step, run.run_id)
+        if saved.step:
+            logger.info("going on at step %d of an interrupted replay, run %s", saved.step, run.run_id)
+        else:
+            logger.info("going on with an interrupted replay that had come to the first step, run %s", run.run_id)
     what = _plan_in_words(plan, setup, recording)
     logger.info("replaying %d steps for %d targets (%s mode): %s", steps - done, len(targets), plan.mode, what)
     started = last_saved = time.perf_counter()
@@ -322,14 +334,6 @@ def _require_own_measurement(setup: TrainingSetup, final: State, index: int, tog
         )
 
 
-def _extremes(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training indices of the most helpful (most negative) and the most harmful scores, strongest first."""
-    order = np.argsort(scores, kind="stable")
-    helpful = order[:count][scores[order[:count]] < 0]
-    harmful = order[::-1][:count]
-    return helpful, harmful[scores[harmful] > 0]
-
-
 def _top_examples(root: Path, problem: Problem, targets: Sequence[Target], scores: np.ndarray) -> dict[str, list[Any]]:
     """The table of the strongest examples; their thumbnails are written under ``root``."""
     label_names, labels = problem.task.label_names, problem.data.train.labels.cpu().numpy()
@@ -337,7 +341,7 @@ def _top_examples(root: Path, problem: Problem, targets: Sequence[Target], score
         name: [] for name in ("target", "effect", "rank", "picture", "train_index", "label", "label_name", "score")
     }
     for target, values in zip(targets, scores, strict=True):
-        sides = zip(("helps", "harms"), _extremes(values, problem.config.report.examples), strict=True)
+        sides = zip(("helps", "harms"), extremes(values, problem.config.report.examples), strict=True)
         for effect, found in sides:
             for rank, index in enumerate(found, start=1):
                 label = int(labels[index])
@@ -359,11 +363,6 @@ def _target_picture(problem: Problem, target: Target, value: float) -> report.Pi
     return report.Picture(tiled(pictures), target.name, target.id, value, caption)
 
 
-def _picture(problem: Problem, index: int, score: float) -> report.Picture:
-    label = problem.task.label_names[int(problem.data.train.labels[index])]
-    return report.Picture(problem.task.draw(problem.data.train.inputs[index].cpu()), label, index, score)
-
-
 def _figures(
     root: Path,
     per_step_root: Path,
@@ -380,20 +379,18 @@ def _figures(
     for (target, value), found in progress(
         zip(values[:FIGURES], scores, strict=False), min(len(values), FIGURES), "figures", "target"
     ):
-        helpful, harmful = _extremes(found, problem.config.report.examples)
+        helpful, harmful = extremes(found, problem.config.report.examples)
         if not len(helpful) and not len(harmful):
             logger.warning("target %s: no training example has any influence on it, so it gets no figure", target.name)
             continue
-        # By ID: the name of a combination can be of any length, and two may begin alike.
-        file = str(target.id) if target.id >= 0 else f"combination-{-target.id}"
         about = f"evaluation example {target.name}" if len(target.indices) == 1 else target.name
         figure = report.extremes_figure(
             _target_picture(problem, target, value),
-            [_picture(problem, int(i), found[i]) for i in helpful],
-            [_picture(problem, int(i), found[i]) for i in harmful],
+            [training_picture(problem, int(i), found[i]) for i in helpful],
+            [training_picture(problem, int(i), found[i]) for i in harmful],
             f"Influence on the measurement of {about}",
         )
-        save_figure(root, f"target-{file}-extremes", figure)
+        save_figure(root, f"target-{key_of(target)}-extremes", figure)
         chosen = [*helpful[:CURVES], *harmful[:CURVES]]
         along = curves(per_step_root, target, chosen, trace.steps)
         names_of = [f"{index} ({problem.task.label_names[int(data.train.labels[index])]})" for index in chosen]
@@ -408,7 +405,7 @@ def _figures(
             harmful_labels=names_of[split:],
             losses=trace.losses,
         )
-        save_figure(root, f"target-{file}-over-training", figure)
+        save_figure(root, f"target-{key_of(target)}-over-training", figure)
     histogram = {target.name: found for target, found in zip(targets, scores, strict=True)}
     save_figure(root, "score-histogram", report.score_histogram_figure(histogram, "Influence scores"))
     share = report.influence_share_over_training_figure(total.absolute, [target.name for target in targets], steps)
@@ -427,7 +424,7 @@ def _description(
     kind = "Exact influence" if exact else "**Inexact** influence (clipping was on)"
     lines = ["| target | measurement | helps most | harms most |", "|---|---|---|---|"]
     for (target, value), found in zip(values[:DESCRIBED], scores, strict=False):
-        sides = (_in_words(problem, side, found) for side in _extremes(found, 1))
+        sides = (_in_words(problem, side, found) for side in extremes(found, 1))
         lines.append(f"| {target.name} | {value:.6g} | {' | '.join(sides)} |")
     if len(values) > DESCRIBED:
         lines.append(f"| … | {len(values) - DESCRIBED} more | | |")
@@ -437,7 +434,9 @@ def _description(
         f"{report.markdown_text(problem.task.name)} on {len(values)} target{'s' * (len(values) != 1)}. A positive "
         f"score means that the example raises the measurement (for a loss: it harms).\n\n"
         + "\n".join(lines)
-        + f"\n\n- to look at: `report/index.html` among the artifacts\n"
+        + f"\n\n- to look at: `report/index.html` among the artifacts; under *Model metrics* "
+        f"`target-{key_of(values[0][0])}-along-training`: the strongest examples so far, with a slider over the "
+        f"training's steps, below the parameters that MLflow puts into the same tile\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
         f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest\n"
         f'- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores("{run_id}")`\n'

@@ -79,6 +79,6 @@ def _description(problem: Problem, targets: int, found: Mapping[str, float], lin
         "how well that predicts retraining.\n",
         *(f"- {what}: [{run_id}]({ui_path(run_id)})" for what, run_id in links.items()),
         "- to look at: `report/index.html` among the artifacts of the validation",
-        f"- next, more shares: `tracked-replay lds --magic-run-id {links['influence']} --drop 0.01,0.05,0.1,0.2`",
+        f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {links['training']}`",
     ]
     return "\n".join(lines) + "\n"

@@ -92,7 +92,9 @@ def _certify(run: StageRun, recorded: str, again: str, fingerprint: str, data_ro
     comparison = compare_two(one, other, (recorded, again), Tolerance(), data_root)
     certificate = certify(comparison, one, other, fingerprint)
     compared = Compared(run.run_id, (recorded, again), {(0, 1): comparison})
-    log_comparison(run, compared, {CERTIFICATE: certificate.to_json()})
+    # A is the run that was recorded, B the one that was trained now.
+    check = f"tracked-replay verify --certificate {run.run_id}"
+    log_comparison(run, compared, {CERTIFICATE: certificate.to_json()}, next_command=check)
     return Reproduced(run.run_id, compared, certificate)
 
 

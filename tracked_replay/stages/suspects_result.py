@@ -26,6 +26,7 @@ SUSPECTS = "suspects/suspects.parquet"
 REMOVED = "suspects/removed.parquet"
 SUMMARY = "suspects/summary.json"
 TOP = "suspects/top.txt"
+NAMED = 3  # examples in the first lines of the description
 SHOWN = 32  # examples in the figure, and of each ranking in the table of the UI
 
 
@@ -208,11 +209,14 @@ def _description(
     removals: Sequence[Removal],
 ) -> str:
     train_run_id, flipped = influence.train_run_id, problem.data.flipped.indices
-    lines = [
-        f"The {problem.data.num_train} training examples of {problem.task.name} by how suspicious they are, from the "
-        f"training run [{train_run_id}]({ui_path(train_run_id)}). `{SUSPECTS}` holds all of them, "
-        f"`tables/suspects.json` the top of each ranking, `{TOP}` the top {count} of the first one.\n"
-    ]
+    first = suspicion.rankings[0]
+    # The first lines are what MLflow shows before "Show more".
+    lines = [f"{_headline(problem, suspicion, found, count)}\n"]
+    lines.append(
+        f"All {problem.data.num_train} training examples are ranked, from the training run "
+        f"[{train_run_id}]({ui_path(train_run_id)}). `{SUSPECTS}` holds all of them, `tables/suspects.json` the top of "
+        f"each ranking, `{TOP}` the top {count} by `{first.name}`.\n"
+    )
     if not influence.exact:
         lines.append("The scores behind `harm` are tagged inexact.\n")
     lines += ["| ranking | what it answers |", "|---|---|"]
@@ -240,6 +244,24 @@ def _description(
         "--targets mean:all --remove top.txt`",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _headline(problem: Problem, suspicion: Suspicion, found: Mapping[str, Detection], count: int) -> str:
+    """The most suspicious examples and, where labels were flipped, how many of those were found."""
+    first, final, label_names = suspicion.rankings[0], suspicion.final, problem.task.label_names
+    shown = []
+    for index in first.order[:NAMED].tolist():
+        words = f"labelled {report.markdown_text(label_names[int(problem.data.train.labels[index])])}"
+        if final.predictions is not None:
+            words += f", the model says {report.markdown_text(label_names[int(final.predictions[index])])}"
+        shown.append(f"#{index} ({words})")
+    flipped = len(problem.data.flipped.indices)
+    caught = ""
+    if first.name in found:
+        one = found[first.name]
+        caught = f"**{one.recall:.0%} of {flipped} flipped labels** are among the top {count} (AUC {one.auc:.4f}). "
+    task = report.markdown_text(problem.task.name)
+    return f"{caught}The most suspicious training examples of {task}, by `{first.name}`: {'; '.join(shown)}."
 
 
 def describe(found: Suspects, count: int = 10) -> str:

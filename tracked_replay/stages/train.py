@@ -176,7 +176,7 @@ def _train(
 ) -> None:
     plan = setup.plan
     state = setup.initial if unfinished is None else unfinished.state.to(setup.device)
-    how = "training" if unfinished is None else f"going on at step {state.step} of an interrupted training of"
+    how = "training" if unfinished is None else _going_on(state.step)
     logger.info("%s %d steps of %d examples, run %s", how, plan.steps, problem.config.train.batch_size, run.run_id)
     log_problem(problem, run)
     if problem.config.record.budget:
@@ -200,6 +200,12 @@ def _train(
         run.describe(_description(problem, setup, curves, run.run_id))
         run.tag({names.DIGESTS: recorder.finish(state)})
         workspace.publish()
+
+
+def _going_on(step: int) -> str:
+    if not step:
+        return "an interrupted training had kept no step yet and begins again:"
+    return f"going on at step {step} of an interrupted training of"
 
 
 class _Curves:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tracked_replay import report
 from tracked_replay.config import parse_drop
 from tracked_replay.errors import TrackedReplayError
 from tracked_replay.lds import Subset, draw_subsets, run_checks
@@ -83,13 +84,25 @@ def _verify(problem: Problem, recording: Recording, train_run_id: str, subsets: 
                 passed.append(check._asdict())
                 lines.append(f"- {check.name}: passed ({check.detail})")
         except TrackedReplayError as error:
-            lines.append(f"- **failed**: {error}")
+            lines.append(f"- **failed**: {report.markdown_text(str(error))}")
             raise
         finally:
             run.metric("checks/passed", len(passed))
             run.flush()
             write_json(Path(folder) / CHECKS, passed)
-            head = f"Checks of the training run [{train_run_id}]({ui_path(train_run_id)}):"
-            run.describe(f"{head}\n\n" + "\n".join(lines))
+            run.describe(_description(train_run_id, len(passed), lines))
             publish(run, Path(folder))
         return run.run_id
+
+
+def _description(train_run_id: str, passed: int, lines: Sequence[str]) -> str:
+    """The checks, a line each; the last line is that of the one that failed, where one did."""
+    if passed == len(lines):
+        head = f"**All {passed} checks passed**: what was recorded of the training is consistent, and it repeats here."
+        after = f"tracked-replay magic --train-run-id {train_run_id} --targets 0-7"
+    else:
+        head = f"**A check failed**, after {passed} that passed: the last one below."
+        after = f"tracked-replay reproduce --run-id {train_run_id}"
+    links = [f"- training run: [{train_run_id}]({ui_path(train_run_id)})", f"- next: `{after}`"]
+    # The first line is what MLflow shows before "Show more".
+    return "\n".join([head, "", *lines, *links]) + "\n"

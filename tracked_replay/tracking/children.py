@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
 
 from tracked_replay.tracking import names
@@ -23,6 +23,8 @@ def record_child(
     name: str,
     train_run_id: str,
     *,
+    task: str = "",
+    description: str = "",
     fingerprint: str = "",
     metrics: Mapping[str, float] | None = None,
     folder: Path | None = None,
@@ -39,6 +41,8 @@ def record_child(
         stage: name of the piece of work.
         name: shown in the UI.
         train_run_id: the recorded run it is about.
+        task: name of the learning problem.
+        description: Markdown that the UI shows on the run's page.
         fingerprint: identity of its result.
         metrics: what it measured; ``seconds`` says when it started.
         folder: its artifacts.
@@ -53,6 +57,8 @@ def record_child(
     now = get_current_time_millis()
     started = now - round(1000 * (metrics or {}).get("seconds", 0.0))
     tags = {MLFLOW_PARENT_RUN_ID: parent_run_id, names.STAGE: stage, f"{names.INPUT}train_run_id": train_run_id}
+    # With the call that makes the run: there may be hundreds of them.
+    tags |= {key: value for key, value in ((names.TASK, task), (MLFLOW_RUN_NOTE, description)) if value}
     run_id = str(client.create_run(experiment, start_time=started, tags=tags, run_name=name).info.run_id)
     rows = [Metric(key, value, now, 0) for key, value in (metrics or {}).items()]
     if folder is not None:
