@@ -205,6 +205,21 @@ def moving(end: str, count: int = 1) -> None:
     before(os, "replace", lambda _, path: str(path).endswith(end) and next(seen, None) is None)
 
 
+def _half_a_file(end: str) -> None:
+    """Die when half of a recorded file whose path ends so is in its place."""
+    files, checkpoints = _module("recording.files"), _module("recording.checkpoints")
+    real = files.write_new
+
+    def write_new(path: Path, parts: Any, written: Any = None) -> None:
+        if str(path).endswith(end):
+            content = b"".join(parts)
+            real(path, [content[: len(content) // 2]])
+            die()
+        real(path, parts, written)
+
+    files.write_new = checkpoints.write_new = write_new
+
+
 def _written(step: int) -> None:
     from tracked_replay.recording import Recorder
 
@@ -259,8 +274,8 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "taken": lambda step: before(_recorder(), "add", lambda _, record: record.before.step == step),
     "handed over": lambda step: after(_recorder(), "add", lambda _, record: record.before.step == step),
     "written": _written,
-    "generators": lambda step: moving(f"rng/step-{step:06d}.safetensors"),
-    "checkpoint": lambda step: moving(f"checkpoints/step-{step:06d}.safetensors"),
+    "generators": lambda step: _half_a_file(f"rng/step-{step:06d}.safetensors"),
+    "checkpoint": lambda step: _half_a_file(f"checkpoints/step-{step:06d}.safetensors"),
     "line": lambda step: before(_module("recording.journal").Journal, "append", lambda _, row: row.step == step),
     "half a line": _half_a_line,
     # The end of an epoch, and of the training.

@@ -141,7 +141,9 @@ def test_a_run_that_is_not_there_changes_no_outcome(
     monkeypatch.setenv(cli.MADE_BY_MLFLOW, "0" * 32)
     with caplog.at_level(logging.WARNING):
         code, out, err = command("show_config")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert f"the run {'0' * 32} that `mlflow run` made is left without a name: " in err
+    assert "Traceback" not in err
     assert "epochs = " in out
     assert command("train", "--set", "train.epoch=1")[0] == 1
 

@@ -32,5 +32,5 @@ def close_unused(run_id: str, name: str, markdown: str, status: str) -> None:
             return
         client.log_batch(run_id, tags=[RunTag(MLFLOW_RUN_NAME, name), RunTag(MLFLOW_RUN_NOTE, markdown)])
         client.set_terminated(run_id, status)
-    except Exception:  # of MLflow, of its database: there is no common class
-        logger.debug("the run %s that `mlflow run` made is left as it is:", run_id, exc_info=True)
+    except Exception as error:  # of MLflow, of its database: there is no common class
+        logger.warning("the run %s that `mlflow run` made is left without a name: %s", run_id, error)
