@@ -25,6 +25,10 @@ class RecordingError(TrackedReplayError):
     """A recorded file is missing, damaged or does not match its digest."""
 
 
+class FetchError(RecordingError):
+    """A file could not be fetched from its store, which may be otherwise in a minute."""
+
+
 class ReplayError(TrackedReplayError):
     """The replay cannot be exact: a replayed state differs from the recorded one, or a layer has no adjoint."""
 

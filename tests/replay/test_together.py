@@ -190,6 +190,27 @@ class Twice(torch.autograd.Function):
         return 2 * a * x, 2 * a * g
 
 
+class Strict(torch.autograd.Function):
+    """x², which takes plain tensors only and says so in an error of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(g):
+            raise ValueError("plain tensors only")
+        (x,) = ctx.saved_tensors
+        return 2 * g * x
+
+
+class StrictLayer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Strict.apply(x)
+
+
 class OddLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return Odd.apply(x)
@@ -201,10 +222,11 @@ def odd_setup(layer: nn.Module) -> TrainingSetup:
     return setup
 
 
-WITHOUT_A_RULE = [OddLayer(), nn.Mish()]  # vmap refuses the one; it would take the other apart, and warn
+# vmap refuses the first; it would take the second apart, and warn; the third refuses it.
+WITHOUT_A_RULE = [OddLayer(), nn.Mish(), StrictLayer()]
 
 
-@pytest.mark.parametrize("layer", WITHOUT_A_RULE, ids=["no rule", "a slow one"])
+@pytest.mark.parametrize("layer", WITHOUT_A_RULE, ids=["no rule", "a slow one", "its own error"])
 def test_a_layer_without_a_rule_is_done_one_target_at_a_time(
     layer: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,7 +243,7 @@ def test_a_layer_without_a_rule_is_done_one_target_at_a_time(
         torch.testing.assert_close(one.parameters, other.parameters, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layer", WITHOUT_A_RULE, ids=["no rule", "a slow one"])
+@pytest.mark.parametrize("layer", WITHOUT_A_RULE, ids=["no rule", "a slow one", "its own error"])
 def test_a_layer_without_a_rule_is_refused_where_several_are_asked_for(layer: nn.Module) -> None:
     setup = odd_setup(layer)
     pull_back, _ = cotangents(setup, 3)

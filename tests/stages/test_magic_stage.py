@@ -15,7 +15,7 @@ from tiny import own_config, slope, tiny_config, write_task
 
 import tracked_replay as tr
 from tracked_replay.config import Config
-from tracked_replay.errors import ConfigError, DataError, ReplayError, RunError
+from tracked_replay.errors import ConfigError, DataError, ReplayError, RunError, TaskError
 from tracked_replay.tasks import load_task
 from tracked_replay.tracking import artifacts_of, names
 from tracked_replay.training import set_up
@@ -290,6 +290,25 @@ def test_scores_are_the_slopes_of_real_trainings(kind: str, store: Path) -> None
 
 def test_scores_of_a_batch_norm_under_two_names_are_slopes(store: Path) -> None:
     assert_scores_are_slopes(store, UNDER_TWO_NAMES)
+
+
+CHECKPOINTED = model(
+    "from torch.utils.checkpoint import checkpoint\n"
+    "class Net(nn.Module):\n"
+    "    def __init__(self):\n"
+    "        super().__init__()\n"
+    "        self.a, self.b = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3)\n"
+    "    def forward(self, x):\n"
+    "        return self.b(checkpoint(self.a, x, use_reentrant=False))\n"
+    "return Net()"
+)
+
+
+def test_activation_checkpointing_is_refused_before_it_trains_something_else(store: Path) -> None:
+    # The forward pass that is repeated in the backward pass would see the initial parameters.
+    with pytest.raises(TaskError, match=r"reads its own tensors in a step, .*torch\.utils\.checkpoint"):
+        tr.magic(config=own_config(write_task(store, CHECKPOINTED)), targets="2")
+    assert "train" not in " ".join(stages())
 
 
 def assert_scores_are_slopes(store: Path, changes: list[tuple[str, str]]) -> None:

@@ -15,6 +15,8 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+from PIL import Image
 from tiny import own_config, tiny_config, write_task
 
 import tracked_replay as tr
@@ -357,3 +359,15 @@ def test_a_store_that_is_no_database_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "file is not a database" in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1, 3), (2, 3, 3)])
+def test_an_image_of_any_shape_is_logged(shape: tuple[int, ...], store: Path) -> None:
+    with stage_run(names.TRAIN, "print", "images", {}) as run:
+        run.image(np.zeros(shape, dtype=np.uint8), key="long")
+    folder = Path(local_file_uri_to_path(mlflow.get_run(run.run_id).info.artifact_uri)) / "images"
+    (picture,) = folder.glob("*.png")
+    with Image.open(picture) as image:
+        width, height = image.size
+    assert max(height, width) == max(shape[:2])
+    assert max(height, width) <= 100 * min(height, width)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tracked_replay.config import ReplayConfig
-from tracked_replay.errors import NumericalError, ReplayError, TaskError
+from tracked_replay.errors import NumericalError, ReplayError, TaskError, TrackedReplayError
 from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.targets import Target
 from tracked_replay.tasks import Task, TaskData
@@ -196,7 +196,9 @@ class StepAdjoint:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=NO_RULE)
                 found = torch.vmap(pull)(tangents)
-        except (RuntimeError, UserWarning) as error:
+        except TrackedReplayError:
+            raise
+        except Exception as error:  # of whatever kind: one that is not about several comes again with one
             self._one_at_a_time(error)
             return None
         self._tried = True

@@ -449,7 +449,7 @@ def _in_words(problem: Problem, strongest: np.ndarray, scores: np.ndarray) -> st
     if not len(strongest):
         return "none"
     index = int(strongest[0])
-    label = report.markdown_text(problem.task.label_names[int(problem.data.train.labels[index])])
+    label = report.markdown_text(report.plain_text(problem.task.label_names[int(problem.data.train.labels[index])], 60))
     return f"#{index} ({label}) {scores[index]:+.3g}"
 
 

@@ -50,7 +50,7 @@ from tracked_replay.tracking import (
     stage_run,
     tag_of,
 )
-from tracked_replay.training import State, TrainingSetup, evaluate, set_up, train
+from tracked_replay.training import State, TrainingSetup, evaluate, require_functional, set_up, train
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
         setup = set_up(problem.config, problem.task, problem.data)
         checkpoint_distance(setup)
         generators = capture_generator_states()
+        require_functional(setup)
+        restore_generator_states(generators)
         with ExitStack() as held:
             resume, unfinished = (None, None) if force else _interrupted(fingerprint, setup, held)
             with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:

@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from tracked_replay.errors import RecordingError, TrackedReplayError
+from tracked_replay.errors import FetchError, RecordingError, TrackedReplayError
 from tracked_replay.recording import Fetch
 from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.recording.reader import DamagedCopyError
@@ -71,6 +71,8 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder
+        except FetchError:
+            raise  # a store that is away for a while costs nothing that was done
         except TrackedReplayError:
             self._remove(folder)  # it would come again at the same step, so nothing is half there for nothing
             raise
@@ -249,9 +251,9 @@ class _Remote:
             raise self._not_fetched(name, "it is a folder there")
         return path
 
-    def _not_fetched(self, name: str, why: str) -> RecordingError:
+    def _not_fetched(self, name: str, why: str) -> FetchError:
         cleaned = _cleaned(self._client, self._run_id)
-        return RecordingError(f"{name} cannot be fetched from the artifacts of run {self._run_id}{cleaned}: {why}")
+        return FetchError(f"{name} cannot be fetched from the artifacts of run {self._run_id}{cleaned}: {why}")
 
 
 class _Entered(NamedTuple):

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # holds the run that `mlflow run` made before the stage started
 METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
 PARAMS_PER_CALL = 100
+LONGEST_SIDE = 100  # of an image, in units of the other
 INTERRUPTED = ("FAILED", "KILLED")
 CANDIDATES = 20  # interrupted runs that are looked at
 RUN_ID_FORM = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)  # what MLflow itself takes
@@ -119,7 +120,7 @@ class StageRun:
 
     def image(self, pixels: np.ndarray, key: str, step: int = 0) -> None:
         """Log an image, uint8 of shape (H, W) or (H, W, 3), to the UI's grid."""
-        self._client.log_image(self.run_id, pixels if pixels.ndim == 3 else pixels[..., None], key=key, step=step)
+        self._client.log_image(self.run_id, _not_too_long(pixels), key=key, step=step)
 
     def describe(self, markdown: str) -> None:
         """Set the run's description."""
@@ -137,6 +138,15 @@ class StageRun:
         """
         dataset = mlflow.data.from_numpy(inputs, targets=labels, name=name, digest=digest[:32])
         mlflow.log_input(dataset, context=context)
+
+
+def _not_too_long(pixels: np.ndarray) -> np.ndarray:
+    """An image as (H, W, C), with white around one so long that MLflow's small copy of it would have no height."""
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    least = -(-max(pixels.shape[:2]) // LONGEST_SIDE)
+    missing = [max(0, least - side) for side in pixels.shape[:2]]
+    around = [(space // 2, space - space // 2) for space in missing]
+    return np.pad(pixels, [*around, (0, 0)], constant_values=255) if any(missing) else pixels
 
 
 @contextmanager

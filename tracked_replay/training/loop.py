@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from tracked_replay.determinism import (
     create_deterministic_model,
     set_global_deterministic_state,
 )
-from tracked_replay.errors import ConfigError, TaskError
+from tracked_replay.errors import ConfigError, NumericalError, TaskError
 from tracked_replay.tasks import Batch, Task, TaskData
 from tracked_replay.training.groups import parameter_groups
 from tracked_replay.training.schedule import SHARED_INSTANCE, learning_rates
@@ -131,6 +132,43 @@ def set_up(config: Config, task: Task, data: TaskData | None = None) -> Training
     plan = _plan(config, data.num_train, seeds, groups)
     step = TrainingStep(model, task.per_example_loss, groups, config.seed)
     return TrainingSetup(config, task, data, step, plan, initial, seeds, device)
+
+
+def require_functional(setup: TrainingSetup) -> None:
+    """Take the first step with NaN in the model's own tensors, which no step may read: it is given those of the state.
+
+    Activation checkpointing does read them: it computes forward passes again in the backward pass, when the state's
+    tensors are gone from the model.
+
+    Raises:
+        TaskError: the step is not the one it was.
+    """
+    model = setup.step.model
+    # Before the first call: torch leaves the state's tensors in a layer that stands under two names.
+    states = {tensor.data_ptr() for tensor in setup.initial.flat().values()}
+    own = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    own = [tensor for tensor in own if tensor.data_ptr() not in states]
+    try:
+        expected = setup.take(setup.initial)[0].state.flat()
+    except NumericalError:
+        return  # which the training itself will say
+    kept = [tensor.detach().clone() for tensor in own]
+    try:
+        with torch.no_grad():
+            for tensor in own:
+                tensor.fill_(math.nan)
+        found = setup.take(setup.initial)[0].state.flat()
+    except NumericalError:
+        found = {}
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(own, kept, strict=True):
+                tensor.copy_(values)
+    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+        raise TaskError(
+            f"the model of the task {setup.task.name} reads its own tensors in a step, and not those of the state, so "
+            f"it would not be trained by SGD; known to do so: torch.utils.checkpoint; allowed: the model without it"
+        )
 
 
 def _device(config: Config) -> torch.device:
