@@ -304,6 +304,13 @@ def test_a_poor_validation_is_not_praised(lds: float, words: str) -> None:
     assert words in document(validation=made.validation(lds)).words
 
 
+@pytest.mark.parametrize(("count", "enough"), [(8, False), (15, False), (16, True)])
+def test_a_few_retrainings_validate_nothing(count: int, enough: bool) -> None:
+    found = document(validation=made.validation(agreements=[Agreement(0.01, "magic", 1.0, 1.0, 1.0, count)]))
+    assert ("Validated: the scores predict retraining very well" in found.words) == enough
+    assert (f"Only {count} retrainings: too few to say" in found.words) != enough
+
+
 def test_an_undefined_correlation_is_no_validation() -> None:
     nothing = Agreement(0.01, "magic", math.nan, math.nan, math.nan, 3)
     found = document(

@@ -329,9 +329,14 @@ def _agreement_in_words(agreement: Agreement, confidence: float) -> str:
     )
 
 
+FEW_RETRAININGS = 16  # below them the ranks can agree by luck, and the bootstrap of perfect ranks is a point
+
+
 def _agreement_verdict(agreement: Agreement) -> tuple[str, str]:
     if not math.isfinite(agreement.lds):
         return "?", "Validated without a result"
+    if agreement.retrainings < FEW_RETRAININGS:
+        return "?", f"Only {agreement.retrainings} retrainings: too few to say how well the scores predict"
     degrees = ((0.9, "✓", "very well"), (0.7, "✓", "well"), (0.4, "!", "roughly"), (-2.0, "!", "poorly"))
     mark, how = next((mark, how) for least, mark, how in degrees if agreement.lds >= least)
     return mark, f"Validated: the scores predict retraining {how}"
