@@ -292,6 +292,13 @@ def test_scores_of_a_batch_norm_under_two_names_are_slopes(store: Path) -> None:
     assert_scores_are_slopes(store, UNDER_TWO_NAMES)
 
 
+def test_a_long_label_leaves_the_description_its_links(store: Path) -> None:
+    task = write_task(store, ('label_names = ("a", "b", "c")', 'label_names = ("a" * 10_000, "b\\nb" * 5_000, "c")'))
+    description = mlflow.get_run(tr.magic(config=own_config(task), targets="0-3")).data.tags["mlflow.note.content"]
+    assert len(description) < 8000
+    assert "tracked-replay lds --magic-run-id" in description
+
+
 CHECKPOINTED = model(
     "from torch.utils.checkpoint import checkpoint\n"
     "class Net(nn.Module):\n"

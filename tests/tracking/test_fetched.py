@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from tiny import tiny_config, tiny_setup
 
 import tracked_replay as tr
-from tracked_replay.errors import ConfigError, RecordingError, TrackedReplayError
+from tracked_replay.errors import ConfigError, FetchError, RecordingError, TrackedReplayError
 from tracked_replay.recording import Recording, folder_source
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target, states_backward
 from tracked_replay.stages.clean import describe, run_clean
@@ -237,6 +237,15 @@ def test_a_file_that_cannot_be_fetched_is_an_error_when_its_state_is_due(trained
         path.write_bytes(content)
     assert seen == [12, 11, 10, 9, 8, 7]
     assert threads() == []
+
+
+def test_a_store_that_is_away_costs_nothing_that_was_done(tmp_path: Path) -> None:
+    for error, kept in ((FetchError("a server is away"), True), (RecordingError("it is damaged"), False)):
+        workspace = Workspace("a" * 32, tmp_path / str(kept), in_place=False)
+        with pytest.raises(type(error)), workspace.opened("resume") as folder:  # noqa: PT012
+            (folder / "replay.saved").write_bytes(b"what was done")
+            raise error
+        assert (workspace.folder / "resume" / "replay.saved").is_file() == kept
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "another state"])

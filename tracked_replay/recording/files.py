@@ -62,6 +62,9 @@ def write_new(path: Path, parts: Sequence[bytes | memoryview], written: Callable
         path: the file.
         parts: its content, in order; bytes or C-contiguous memory.
         written: called with the open file's number after the last part.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     try:
         with path.open("wb", buffering=0 if hasattr(os, "writev") else -1) as stream:

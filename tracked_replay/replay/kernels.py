@@ -169,7 +169,18 @@ def _only_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Te
 
 
 def input_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, several: str) -> Tensor:
-    """The gradient with respect to x, of which only the shape counts; ``g`` or ``weight`` is of several."""
+    """The gradient with respect to x, of which only the shape counts; ``g`` or ``weight`` is of several.
+
+    Args:
+        g: (N, O, H', W') cotangent of the output.
+        x: (N, C, H, W).
+        weight: (O, C, h, w).
+        geometry: as in :func:`convolution`.
+        several: ``g`` or ``weight``.
+
+    Returns:
+        (K, N, C, H, W).
+    """
     if several == "g":
         inputs = several_like(len(g), x).flatten(0, 1)
         return _only_input(folded(g), inputs, weight, geometry).unflatten(0, g.shape[:2])
@@ -182,7 +193,10 @@ def input_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, sev
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, several: str) -> Tensor:
-    """The gradient with respect to the weight, of which only the shape counts; ``g`` or ``x`` is of several."""
+    """The gradient with respect to the weight, of which only the shape counts; ``g`` or ``x`` is of several.
+
+    Arguments as in :func:`input_gradient`; returns (K, O, C, h, w).
+    """
     outputs, inputs, *kernel = weight.shape
     if several == "g":
         if geometry[GROUPS] != 1:

@@ -287,7 +287,8 @@ def _replay(
         else:
             logger.info("going on with an interrupted replay that had come to the first step, run %s", run.run_id)
     what = _plan_in_words(plan, setup, recording)
-    logger.info("replaying %d steps for %d targets (%s mode): %s", steps - done, len(targets), plan.mode, what)
+    count = f"{len(targets)} target{'s' if len(targets) != 1 else ''}"
+    logger.info("replaying %d steps for %s (%s mode): %s", steps - done, count, plan.mode, what)
     started = last_saved = time.perf_counter()
     replay = Replay(setup, recording, targets, adjoint, plan, position)
     for step in progress(replay, steps, f"replay ({plan.mode})", done=done):
