@@ -420,7 +420,7 @@ def test_a_runs_parameters_and_log_say_which_states_are_kept(store: Path, caplog
         "replay_plan_recomputed_steps": "9",
     }
     assert re.search(
-        r"replaying 12 steps for 1 targets \(stream mode\): some states of a segment between two checkpoints, at most "
+        r"replaying 12 steps for 1 target \(stream mode\): some states of a segment between two checkpoints, at most "
         r"3 states in memory, [\d.]+ KB; 9 training steps are taken again, and 9 more because a segment does not fit, "
         r"in about \d+\.\d s",
         caplog.text,

@@ -120,8 +120,6 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
         setup = set_up(problem.config, problem.task, problem.data)
         checkpoint_distance(setup)
         generators = capture_generator_states()
-        require_functional(setup)
-        restore_generator_states(generators)
         with ExitStack() as held:
             resume, unfinished = (None, None) if force else _interrupted(fingerprint, setup, held)
             with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:
@@ -188,6 +186,8 @@ def _train(
     workspace = Workspace.of(run.run_id)
     curves = _Curves(problem, setup, run)
     restore_generator_states(generators)  # MLflow draws a run's name, where it was not given a run
+    if unfinished is None:
+        require_functional(setup)
     with workspace.opened() as root, Recorder(root, setup, unfinished) as recorder:
         _describe_data(problem, root)
         for row in () if unfinished is None else unfinished.rows:

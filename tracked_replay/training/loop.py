@@ -16,7 +16,9 @@ from tracked_replay.config import Config
 from tracked_replay.determinism import (
     DeterministicSampler,
     SeedDerivations,
+    capture_generator_states,
     create_deterministic_model,
+    restore_generator_states,
     set_global_deterministic_state,
 )
 from tracked_replay.errors import ConfigError, NumericalError, TaskError
@@ -138,20 +140,20 @@ def require_functional(setup: TrainingSetup) -> None:
     """Take the first step with NaN in the model's own tensors, which no step may read: it is given those of the state.
 
     Activation checkpointing does read them: it computes forward passes again in the backward pass, when the state's
-    tensors are gone from the model.
+    tensors are gone from the model. The generators are left as they were.
 
     Raises:
         TaskError: the step is not the one it was.
+        NumericalError: the first step is not finite at all.
     """
     model = setup.step.model
     # Before the first call: torch leaves the state's tensors in a layer that stands under two names.
     states = {tensor.data_ptr() for tensor in setup.initial.flat().values()}
     own = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     own = [tensor for tensor in own if tensor.data_ptr() not in states]
-    try:
-        expected = setup.take(setup.initial)[0].state.flat()
-    except NumericalError:
-        return  # which the training itself will say
+    generators = capture_generator_states()
+    expected = setup.take(setup.initial)[0].state.flat()
+    restore_generator_states(generators)
     kept = [tensor.detach().clone() for tensor in own]
     try:
         with torch.no_grad():
@@ -164,6 +166,7 @@ def require_functional(setup: TrainingSetup) -> None:
         with torch.no_grad():
             for tensor, values in zip(own, kept, strict=True):
                 tensor.copy_(values)
+        restore_generator_states(generators)
     if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
         raise TaskError(
             f"the model of the task {setup.task.name} reads its own tensors in a step, and not those of the state, so "
