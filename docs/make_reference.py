@@ -76,6 +76,14 @@ TAGS = {
         "runs made by `mlflow run` that found their result",
         "run ID of the earlier run that holds the result; wherever a run ID is taken, this one is followed",
     ),
+    "reproduces": (
+        "the `train` runs that `reproduce` made",
+        "run ID of the training that is repeated; such a run is reused only where there is no other",
+    ),
+    "validated_by": (
+        "`magic` runs that an `lds` run was about",
+        "run ID of the newest such `lds` run; the description then says what it found",
+    ),
     "task": ("every run but `compare` and those that reuse", "name of the task"),
     "failed_retrainings": (
         "`lds`",

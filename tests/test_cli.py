@@ -18,6 +18,7 @@ from tiny import write_task
 
 from tracked_replay import __version__
 from tracked_replay.cli import STAGES, main
+from tracked_replay.tracking.runs import TRAINING_VIEW
 
 ROOT = Path(__file__).parents[1]
 FEW_STEPS = "train.epochs=2,train.batch_size=16,train.threads=1,train.dtype=float64"
@@ -327,7 +328,7 @@ def test_the_printed_command_serves_the_run_in_a_folder_with_odd_letters(tmp_pat
             cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        run_id = shown[1].rsplit("/", 1)[1]
+        run_id = shown[1].rsplit("/", 1)[1].removesuffix(TRAINING_VIEW)
         url = f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run_id}"
         for attempt in range(120):
             try:
@@ -341,4 +342,4 @@ def test_the_printed_command_serves_the_run_in_a_folder_with_odd_letters(tmp_pat
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
     assert run["info"]["status"] == "FINISHED"
-    assert f"#/experiments/{run['info']['experiment_id']}/runs/{run_id}" == shown[1]
+    assert f"#/experiments/{run['info']['experiment_id']}/runs/{run_id}{TRAINING_VIEW}" == shown[1]

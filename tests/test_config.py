@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tracked_replay.config import Config, allowed, field_names, parse_overrides, preset_names
-from tracked_replay.errors import ConfigError
+from tracked_replay.errors import ConfigError, DataError
 from tracked_replay.stages.show_config import describe
+from tracked_replay.tasks import load_task
 
 
 def sentence(overrides: str | dict = "", preset: str = "digits", **more: object) -> str:
@@ -165,11 +166,39 @@ def test_a_config_survives_its_toml_form(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_show_config_prints_a_preset_file(preset: str, tmp_path: Path) -> None:
-    config = Config.resolve(preset, overrides={"data.root": "a \"b\" 'c' # d\n[e] = \\ ü"})
+    root = tmp_path / "a \"b\" 'c' # d\n[e] = \\ ü"
+    (root / "cifar-10-batches-py").mkdir(parents=True)
+    config = Config.resolve(preset, overrides={"data.root": str(root)})
     text = describe(config)
     assert Config.resolve(preset_file(tmp_path, text)) == config
     for name in field_names():
         assert allowed(name) in text
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "cifar10-small"])
+@pytest.mark.parametrize("place", ["nowhere", "file", "empty", "full/cifar-10-batches-py"])
+def test_show_config_refuses_a_data_root_in_the_words_of_the_training(preset: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full/cifar-10-batches-py").mkdir(parents=True)
+    config = Config.resolve(preset, data_root=str(tmp_path / place))
+    with pytest.raises(DataError) as training:
+        load_task(config).train_examples()
+    with pytest.raises(ConfigError) as error:
+        describe(config)
+    assert str(error.value) == f"data.root: found '{tmp_path / place}'; {training.value}"
+    assert "allowed: -P data_root=<folder that holds cifar-10-batches-py>" in str(error.value)
+
+
+def test_show_config_asks_for_no_data_root_that_is_not_read(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    for config in (
+        Config.resolve("cifar10"),
+        Config.resolve("cifar10", data_root=missing, overrides="data.download=true"),
+        Config.resolve("digits", data_root=missing),
+    ):
+        assert tomllib.loads(describe(config))["data"]["root"] == config.data.root
+    assert not Path(missing).exists()
 
 
 def test_a_config_cannot_be_changed() -> None:

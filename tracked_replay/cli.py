@@ -329,7 +329,7 @@ def _suspects(parameters: SuspectsParameters) -> None:
         raise ConfigError(f"share: found {parameters.share!r}; allowed: above 0 and below 1") from None
     config = None if parameters.train_run_id else parameters.config()
     from tracked_replay.stages.suspects import run_suspects
-    from tracked_replay.stages.suspects_result import describe, read_suspects
+    from tracked_replay.stages.suspects_result import describe, next_command, read_suspects
 
     run_id = run_suspects(
         parameters.train_run_id or None,
@@ -344,9 +344,7 @@ def _suspects(parameters: SuspectsParameters) -> None:
     click.echo(describe(found))
     from tracked_replay.tracking import input_by_id
 
-    first = ",".join(str(index) for index in found.table["train_index"][:10].to_pylist())
-    train_run = input_by_id(run_id, "train_run_id")
-    then = f"tracked-replay counterfactual --train-run-id {train_run} --targets mean:all --remove {first}"
+    then = next_command(input_by_id(run_id, "train_run_id"), found.table["train_index"].to_pylist())
     _closing("suspects run", run_id, then)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ THREADS = Difference("train.threads", "1", "2")
 LR = Difference("train.lr", "0.05", "0.1")
 ROOT = Difference("data.root", "/here", "/there")
 EXAMPLES = Difference("data.train_examples", "0", "40")
+BATCH = Difference("train.batch_size", "64", "128")
+EPOCHS = Difference("train.epochs", "2", "3")
+FLIPPED = Difference("data.flip_labels", "0.0", "0.1")
 MOMENTUM = Difference("train.momentum", "0.8", "0.9")
 TORCH = Difference("packages.installed.torch", "2.11.0", "2.13.0")
 FLAGS = Difference("cpu.flags", "avx512f, avx512_bf16", None)
@@ -42,7 +46,10 @@ def names(found: Comparison, **arguments: bool) -> list[str]:
         ("config", LR, "lr"),
         ("config", Difference("train.lr_gamma", "0.1", "0.2"), "lr"),
         ("config", Difference("train.warmup_epochs", "0", "1"), "lr"),
-        ("config", EXAMPLES, "data"),
+        ("config", EXAMPLES, "config"),
+        ("config", FLIPPED, "config"),
+        ("config", Difference("data.augmentation", "none", "flip"), "config"),
+        ("config", BATCH, "config"),
         ("other", FINGERPRINT, "data"),
         ("other", CODE, "code"),
         ("environment", TORCH, "versions"),
@@ -104,21 +111,82 @@ def test_kernels_that_need_not_be_deterministic_are_a_cause() -> None:
     assert "train.reproducibility is seeds in both runs" in cause.text
     mode = Difference("train.reproducibility", "full", "seeds")
     (cause,) = likely_causes(comparison("loss", config=(mode,)), deterministic=False)
-    assert "train.reproducibility is full and seeds" in cause.text
+    assert "train.reproducibility is full in A and seeds in B" in cause.text
 
 
 @pytest.mark.parametrize(
     ("first", "trace", "expected"),
     [
         ("state", (INITIAL,), "seed"),
-        ("data", (TraceDifference("labels", 3, 1, "2 at position 4", "1 at position 4"),), "data"),
+        ("data", (TraceDifference("labels", 3, 1, "2 at position 4", "1 at position 4"),), "seed"),
         ("lr", (TraceDifference("lr", 30, 5, "0.05", "0.005"),), "lr"),
     ],
 )
 def test_the_first_difference_decides_the_order(first: str, trace: tuple, expected: str) -> None:
     found = comparison(first, trace=trace, config=(SEED, THREADS, LR, EXAMPLES), environment=(TORCH, FLAGS))
     assert names(found)[0] == expected
-    assert set(names(found)) == {"seed", "threads", "lr", "data", "versions", "processor"}
+    data = {"data"} if first == "data" else set()
+    assert set(names(found)) == {"seed", "threads", "lr", "config", "versions", "processor"} | data
+    assert set(names(found)[-3:]) == {"threads", "versions", "processor"}
+
+
+INDICES = TraceDifference("indices", 0, 9, "64 values", "128 values")
+RATES = TraceDifference("lr", 3, 9, "0.05", "0.04")
+
+
+@pytest.mark.parametrize(
+    ("first", "trace", "field"),
+    [
+        ("data", (INDICES,), BATCH),
+        ("data", (TraceDifference("labels", 0, 9, "1", "2"),), FLIPPED),
+        ("data", (INDICES,), EXAMPLES),
+        ("data", (), EPOCHS),
+        ("lr", (RATES,), EPOCHS),
+        ("loss", (), Difference("data.augmentation", "none", "flip")),
+        ("state", (INITIAL,), Difference("train.dtype", "float32", "float64")),
+        ("state", (), MOMENTUM),
+    ],
+)
+def test_a_config_field_comes_before_what_follows_from_it(first: str, trace: tuple, field: Difference) -> None:
+    found = comparison(
+        first, trace=trace, config=(THREADS, field), other=(FINGERPRINT, CODE), environment=(TORCH, FLAGS)
+    )
+    causes = likely_causes(found)
+    assert causes[0] == ("config", f"{field.name} is {field.a} in A and {field.b} in B")
+    assert {cause.name for cause in causes[-3:]} == {"threads", "versions", "processor"}
+
+
+def test_of_several_fields_the_one_that_explains_is_named_first() -> None:
+    (cause, *_) = likely_causes(comparison("data", trace=(INDICES,), config=(MOMENTUM, BATCH)))
+    assert cause.text == "train.batch_size is 64 in A and 128 in B, train.momentum is 0.8 in A and 0.9 in B"
+
+
+def test_a_field_that_cannot_explain_the_difference_stands_behind_what_can() -> None:
+    assert names(comparison("data", trace=(INDICES,), config=(MOMENTUM,), other=(FINGERPRINT,)))[0] == "data"
+    assert names(comparison("lr", trace=(RATES,), config=(MOMENTUM,)))[0] == "lr"
+    assert names(comparison("state", config=(EPOCHS,), environment=(TORCH,))) == ["versions", "config"]
+    assert names(comparison("state", trace=(INITIAL,), config=(BATCH,), other=(CODE,))) == ["code", "config"]
+
+
+@pytest.mark.parametrize("field", [BATCH, SEED, None])
+def test_versions_are_counted_where_a_field_is_enough(field: Difference | None) -> None:
+    packages = tuple(Difference(f"packages.installed.nvidia-{i}", "1", "2") for i in range(7))
+    found = comparison("data", trace=(INDICES,), config=(field,) if field else (), environment=packages)
+    causes = {cause.name: cause.text for cause in likely_causes(found)}
+    counted = "library versions differ: nvidia-0, nvidia-1, nvidia-2, nvidia-3 and 3 more"
+    assert (causes["versions"] == counted) == (field is not None)
+    found = dataclasses.replace(found, causes=likely_causes(found))
+    assert found.environment_matters == (field is None)
+    assert not dataclasses.replace(found, verdict="identical", causes=()).environment_matters
+
+
+def test_threads_are_named_by_the_field_that_was_in_force() -> None:
+    in_force = Difference("threads.intra_op", "1", "2")
+    (cause,) = likely_causes(comparison(config=(THREADS,), environment=(in_force,)))
+    assert "differs: train.threads is 1 in A and 2 in B; sums" in cause.text
+    pinned = Difference("threads.intra_op", "4", "8")
+    (cause,) = likely_causes(comparison(config=(THREADS,), environment=(pinned,)))
+    assert "differs: threads.intra_op is 4 in A and 8 in B; sums" in cause.text
 
 
 @pytest.mark.parametrize("first", ["loss", "state"])
@@ -137,10 +205,10 @@ def test_what_the_trace_shows_is_a_cause_by_itself() -> None:
     labels = TraceDifference("labels", 3, 1, "2 at position 4", "1 at position 4")
     indices = TraceDifference("indices", 7, 1, "2", "1")
     assert likely_causes(comparison("lr", trace=(rates,))) == (
-        ("lr", "the learning rates differ from step 30 on: 0.05 and 0.005"),
+        ("lr", "the learning rates differ from step 30 on: 0.05 in A and 0.005 in B"),
     )
     (cause,) = likely_causes(comparison("data", trace=(indices, labels)))
-    assert cause == ("data", "the batches differ from step 3 on, labels: 2 at position 4 and 1 at position 4")
+    assert cause == ("data", "the batches differ from step 3 on, labels: 2 at position 4 in A and 1 at position 4 in B")
     # Later differences follow from the first one and are no causes.
     assert names(comparison("state", trace=(rates, labels))) == ["unknown"]
 
@@ -159,7 +227,7 @@ def test_unknown_causes_say_what_they_may_be() -> None:
 def test_long_lists_and_values_are_shortened() -> None:
     rows = tuple(Difference(f"packages.installed.nvidia-{i}", "1", "2") for i in range(7))
     (cause,) = likely_causes(comparison(environment=rows))
-    assert "nvidia-3 is 1 and 2, and 3 more" in cause.text
+    assert "nvidia-3 is 1 in A and 2 in B, and 3 more" in cause.text
     assert "nvidia-4" not in cause.text
     (cause,) = likely_causes(comparison(environment=(Difference("torch.build", "x" * 500, "y"),)))
     assert len(cause.text) < 200

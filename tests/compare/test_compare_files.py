@@ -80,7 +80,10 @@ def test_the_first_tensor_that_differs_is_named(tmp_path: Path) -> None:
     assert (found.verdict, found.exit_code) == ("different", 1)
     assert (found.first_tensor, found.first_difference) == ("parameters/9.w", "state")
     assert (found.first_divergent_step, found.tensors_step) == (4, 4)
-    assert found.summary == "different: 2 of 4 tensors, first parameters/9.w (4 of 4 elements, at most 1 ULP apart)."
+    assert found.summary == (
+        "different: 2 of 4 tensors, first parameters/9.w (4 of 4 elements, at most 1 ULP apart; "
+        "neighbouring floating-point numbers are 1 ULP apart)."
+    )
     assert [tensor.equal for tensor in found.tensors] == [False, True, False, True]
 
 
@@ -89,10 +92,15 @@ def test_what_is_tolerated(tmp_path: Path) -> None:
     a = save(tmp_path / "a.safetensors")
     b = save(tmp_path / "b.safetensors", **{"parameters__9.w": near, "momentum__w": torch.zeros(5)})
     rounding = compare_paths(a, b, Tolerance(max_ulp=1))
-    assert rounding.summary == "different beyond 1 ULP: 1 of 4 tensors, first momentum/w (shape (3,) in a, (5,) in b)."
+    assert rounding.summary == (
+        "different beyond 1 ULP (neighbouring floating-point numbers are 1 ULP apart): "
+        "1 of 4 tensors, first momentum/w (shape (3,) in a, (5,) in b)."
+    )
     both = compare_paths(a, b, Tolerance(max_ulp=1, ignore=("momentum/*",)))
     assert both.verdict == "identical"
-    assert both.summary == "identical within 1 ULP, momentum/* left out: 3 tensors."
+    assert both.summary == (
+        "identical within 1 ULP (neighbouring floating-point numbers are 1 ULP apart), momentum/* left out: 3 tensors."
+    )
     assert both.tensors[0].differing == 4
     assert both.tolerance == Tolerance(1, ("momentum/*",))
     with pytest.raises(ConfigError, match=r"^ignore: found 'momentun/\*'; allowed: data, .*tensors here: parameters/9"):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from tracked_replay.compare.influence import MOVED, TOP, InfluenceComparison, InfluenceTable, compare_influence
+from tracked_replay.compare.influence import (
+    MOVED,
+    ROUNDING,
+    TOP,
+    InfluenceComparison,
+    InfluenceTable,
+    compare_influence,
+)
 from tracked_replay.errors import NumericalError
 from tracked_replay.replay import Target
 
@@ -55,7 +63,48 @@ def test_one_bit_is_a_difference(other: float) -> None:
     found = compare(scores, changed)
     assert (found.verdict, found.exit_code, found.targets[0].differing) == ("different", 1, 1)
     assert found.spearman == pytest.approx(1)
-    assert found.summary == "Different: 1 of 41 scores differ in their bits (41 training examples on 1 target)."
+    assert re.fullmatch(
+        r"Only rounding: 1 of 41 scores differ in their bits, by at most (0|\de-17) of the largest score "
+        r"\(41 training examples on 1 target\)\.",
+        found.summary,
+    )
+
+
+ROUNDED = "largest difference 3e-8 of the largest score"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "closeness", "rounding"),
+    [
+        ([4.0, -2.0, 1.0], [4.0, -2.0 + 12e-8, 1.0],
+         f"Same ranking; the scores differ only by rounding ({ROUNDED})", True),
+        ([4.0, 1.0, 1.0 + 4e-8], [4.0, 1.0 + 12e-8, 1.0 + 4e-8],
+         f"The scores differ only by rounding ({ROUNDED}), which moves a few ranks", True),
+        ([4.0, -2.0, 1.0], [4.0, -2.0, 2.0],
+         "Same ranking, but the scores differ (largest difference 0.2 of the largest score)", False),
+        ([4.0, -2.0, 1.0], [-2.0, 4.0, 1.0], "", False),
+        ([4.0, -2.0, 1.0], [4.0, -2.0, 1.0], "", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 4e307])
+def test_scores_that_differ_by_rounding_are_told_from_others(
+    a: list[float], b: list[float], closeness: str, rounding: bool, scale: float
+) -> None:
+    one, two = np.array([a, a]) * scale, np.array([b, a]) * scale
+    found = compare(one, two)
+    assert (found.closeness, found.only_rounding) == (closeness, rounding)
+    assert found.verdict == ("identical" if a == b else "different")  # the bits decide
+    assert found.summary.startswith("Only rounding: ") == rounding
+    assert not {"same_ranking", "largest"} & set(found.to_json_dict()["targets"][0])
+
+
+def test_the_bound_of_rounding() -> None:
+    scores = np.array([2.0, 1.0, -1.0])
+    for share, rounding in ((0.9 * ROUNDING, True), (1.1 * ROUNDING, False)):
+        found = compare(scores, scores + np.array([0, 0, 2 * share]))
+        assert found.only_rounding == rounding
+        assert found.closeness.startswith("Same ranking")
+    assert compare(np.zeros(3), -np.zeros(3)).closeness.endswith("(largest difference 0 of the largest score)")
 
 
 def test_correlations_are_those_of_ranks_and_numbers() -> None:

@@ -13,7 +13,7 @@ import torch
 from recorded import NAMES, nudge_at, nudged, record, with_rates
 from tiny import tiny_setup
 
-from tracked_replay.compare.result import Tolerance
+from tracked_replay.compare.result import ULP, Tolerance
 from tracked_replay.compare.runs import Unavailable, checkpoint_states, compare_recordings, retrained_states
 from tracked_replay.errors import ConfigError, RecordingError
 from tracked_replay.recording import Recording, file_sha256, folder_source, state_digest, write_digests
@@ -69,7 +69,7 @@ def test_another_schedule_parts_the_runs_where_it_changes_the_rate(base: Recordi
     found = compare(base, record(tmp_path, train__schedule="step", train__lr_step_epochs=2))
     assert (found.first_divergent_step, found.first_difference) == (6, "lr")
     assert cause_names(found)[0] == "lr"
-    assert "train.schedule is constant and step" in found.causes[0].text
+    assert "train.schedule is constant in A and step in B" in found.causes[0].text
     rate = next(row for row in found.trace if row.column == "lr")
     assert (rate.step, rate.count) == (6, 3)
     assert (float(rate.a.split()[0]), float(rate.b.split()[0])) == (0.05, pytest.approx(0.005))
@@ -84,7 +84,7 @@ def test_a_rate_changed_by_one_bit_is_a_difference(base: Recording, tmp_path: Pa
     found = compare(base, record(tmp_path, with_rates(setup, rates)))
     assert (found.first_divergent_step, found.first_difference) == (4, "lr")
     assert cause_names(found) == ["lr"]
-    assert "from step 4 on: 0.05 at position 1 and 0.05000000000000001 at position 1" in found.causes[0].text
+    assert "from step 4 on: 0.05 at position 1 in A and 0.05000000000000001 at position 1 in B" in found.causes[0].text
 
 
 def test_two_swapped_labels_part_the_runs_where_they_first_occur(base: Recording, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_thread_count_is_named_where_the_state_differs(base: Recording, tmp_
     assert found.verdict == "different"
     assert found.first_difference in ("loss", "state")
     assert cause_names(found)[0] == "threads"
-    assert "1 and 2" in found.causes[0].text
+    assert "1 in A and 2 in B" in found.causes[0].text
 
 
 def test_a_changed_loss_alone_is_found(base: Recording, tmp_path: Path) -> None:
@@ -285,7 +285,9 @@ def test_another_batch_size_parts_the_runs_in_their_data(base: Recording, tmp_pa
     assert (found.first_divergent_step, found.first_difference) == (0, "data")
     row = next(row for row in found.trace if row.column == "indices")
     assert (row.step, row.a, row.b) == (0, "16 values", "12 values")
-    assert cause_names(found)[:2] == ["data", "config"]
+    assert cause_names(found)[:2] == ["config", "data"]
+    assert found.causes[0].text == "train.batch_size is 16 in A and 12 in B"
+    assert found.causes[1].text == "the batches differ from step 0 on, indices: 16 values in A and 12 values in B"
 
 
 def test_another_number_of_parameter_groups_parts_the_runs_in_their_rates(base: Recording, tmp_path: Path) -> None:
@@ -329,10 +331,11 @@ def test_rounding_within_max_ulp_passes(base: Recording, tmp_path: Path) -> None
     other = record(tmp_path, change_state=nudge_at(9, "parameters/4.weight", ulp=2))
     within = compare(base, other, tolerance=Tolerance(max_ulp=2))
     assert within.verdict == "identical"
-    assert within.summary == "Identical within 2 ULP: 9 steps; the digests of 1 state differ, state 9 was compared."
+    within_2 = "Identical within 2 ULP (neighbouring floating-point numbers are 1 ULP apart)"
+    assert within.summary == f"{within_2}: 9 steps; the digests of 1 state differ, state 9 was compared."
     beyond = compare(base, other, tolerance=Tolerance(max_ulp=1))
     assert (beyond.first_divergent_step, beyond.first_difference) == (8, "state")
-    assert beyond.summary.startswith("Different beyond 1 ULP: the runs part at step 8")
+    assert beyond.summary.startswith(f"Different beyond 1 ULP ({ULP}): the runs part at step 8")
 
 
 def test_under_a_tolerance_the_first_state_beyond_it_decides(base: Recording, tmp_path: Path) -> None:
@@ -352,7 +355,7 @@ def test_under_a_tolerance_the_first_state_beyond_it_decides(base: Recording, tm
     found = compare(base, other, tolerance=Tolerance(max_ulp=limit, ignore=("loss",)))
     assert found.verdict == "different"
     assert (found.first_divergent_step, found.first_difference) == (expected - 1, "state")
-    assert f"Different beyond {limit} ULP, loss left out: " in found.summary
+    assert f"Different beyond {limit} ULP ({ULP}), loss left out: " in found.summary
 
 
 def test_ignored_tensors_do_not_decide(tmp_path: Path) -> None:
@@ -366,7 +369,7 @@ def test_ignored_tensors_do_not_decide(tmp_path: Path) -> None:
         assert found.summary.startswith(f"Identical bit for bit, {pattern} left out: 9 steps; ")
     assert compare(a, b, tolerance=Tolerance(ignore=("parameters/*", "buffers/*"))).verdict == "different"
     both = compare(a, b, tolerance=Tolerance(max_ulp=2, ignore=("momentum/*", "loss")))
-    assert both.summary.startswith("Identical within 2 ULP, momentum/* and loss left out: ")
+    assert both.summary.startswith(f"Identical within 2 ULP ({ULP}), momentum/* and loss left out: ")
 
 
 def test_under_a_tolerance_states_between_checkpoints_are_named_or_retrained(tmp_path: Path) -> None:

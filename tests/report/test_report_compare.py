@@ -247,9 +247,9 @@ def test_every_part_of_a_comparison_has_its_place() -> None:
         "Batch trace",
         "Config",
         "Seeds",
-        "Environment",
         "Generator states",
         "Code, data and other",
+        "Environment",
     ]
     for words in (
         "The runs differ from step 2 on.",
@@ -290,7 +290,7 @@ def test_equal_tensors_and_long_lists_are_folded() -> None:
     page = check_page(comparison_html(RICH, None))
     assert "momentum/head.weight" in page.folded
     assert "packages.29 on B" in page.folded
-    assert "30 values differ" in page.folded
+    assert "30 values differ: packages.0, packages.1, packages.2 and 27 more" in page.folded
     assert "train.lr" not in page.folded
     assert len(page.attributes("img")) == 0
 
@@ -309,7 +309,9 @@ def test_identical_is_said() -> None:
     page = check_page(comparison_html(IDENTICAL, None))
     assert page.headings[0] == "=A and B are identical, bit for bit."
     assert "Of 1: 0 that differ, 1 equal bit for bit." in page.words
-    assert "No difference was found in: config, seeds, environment" in page.words
+    assert (
+        "No difference was found in: config, seeds, generator states, code, data and other, environment." in page.words
+    )
     assert "different" not in page.words
     assert comparison_text(IDENTICAL).startswith("A and B are identical, bit for bit.\n")
 
@@ -571,9 +573,49 @@ def test_the_terminal_shows_the_verdict_first_and_the_rest_shortly() -> None:
     assert any(line.startswith("tensors after 4 steps: 4 differ, 1 equal ") for line in lines)
     assert "batch trace: 1 differs: loss from step 3 on" in lines
     assert "config: 1 differs: train.lr" in lines
-    (environment,) = [line for line in lines if line.startswith("environment: 30 differ: packages.0, packages.1,")]
-    assert environment.endswith(", …")
+    assert lines[-1] == "environment: 30 values differ: packages.0, packages.1, packages.2 and 27 more"
     assert max(map(len, lines)) <= 100
+
+
+ULP = "units in the last place: steps between neighbouring floating-point numbers"
+
+
+def test_ulp_are_explained_where_they_are_first_spoken_of() -> None:
+    page = check_page(comparison_html(RICH, None))
+    assert page.words.index(f"ULP, {ULP}") == page.words.index("ULP")
+    assert page.words.count(ULP) == 1
+    assert "Subnormal: " not in page.words.split("Tensors of the last common state")[0]
+    last = dataclasses.replace(RICH, first_tensors=())
+    page = check_page(comparison_html(last, None))
+    assert page.words.index(f"ULP, {ULP}") == page.words.index("ULP")
+    assert "Subnormal: so close to 0 that fewer digits are kept." in page.words
+    lines = comparison_text(RICH).splitlines()
+    (place,) = [place for place, line in enumerate(lines) if line == f"  ULP, {ULP}"]
+    assert lines[place + 1].startswith("batch trace: ")
+    assert "ULP" not in comparison_text(IDENTICAL)
+    tolerant = dataclasses.replace(RICH, tolerance=Tolerance(2), summary="Different beyond 2 ULP (1 apart).")
+    assert ULP not in comparison_text(tolerant)  # said by the summary
+
+
+PACKAGES = tuple(f"packages.installed.{name}" for name in "abcdefghijkl")
+COLLAPSED = "12 packages differ: a, b, c and 9 more"
+
+
+@pytest.mark.parametrize("causes", [(), (Cause("config", "train.lr is 1 in A and 2 in B"),), (Cause("versions", "a"),)])
+def test_packages_are_one_line_where_they_explain_nothing(causes: tuple[Cause, ...]) -> None:
+    verdict = "different" if causes else "identical"
+    found = dataclasses.replace(RICH, verdict=verdict, causes=causes, environment=differences(*PACKAGES))  # type: ignore
+    page = check_page(comparison_html(found, None))
+    assert page.headings[-1] == "Environment"
+    assert COLLAPSED in page.folded
+    assert "packages.installed.l on A" in page.folded
+    assert comparison_text(found).splitlines()[-1] == f"environment: {COLLAPSED}"
+    few = dataclasses.replace(found, environment=differences(PACKAGES[0], "cpu.model"))
+    page = check_page(comparison_html(few, None))
+    assert ("1 package differs: a; 1 other value differs: cpu.model" in page.folded) == (
+        causes[:1] != (("versions", "a"),)
+    )
+    assert page.row("cpu.model") == ["cpu.model", "cpu.model on A", "cpu.model on B"]
 
 
 def test_the_terminal_shows_eight_tensors_and_counts_the_rest() -> None:

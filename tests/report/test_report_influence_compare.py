@@ -89,6 +89,28 @@ def test_identical_runs_have_no_moved_examples() -> None:
     assert "moved most" not in text
 
 
+def test_scores_that_differ_by_rounding_are_not_called_different() -> None:
+    found = compared(A, A * (1 + 2**-30))
+    sentence = "Same ranking; the scores differ only by rounding (largest difference 9e-10 of the largest score)."
+    page = check_page(influence_comparison_html(found, None, NAMES))
+    assert found.verdict == "different"
+    assert page.headings[0] == f"≈{sentence}"
+    assert influence_comparison_text(found, NAMES).startswith(f"{sentence}\n")
+    assert "different" not in influence_comparison_text(dataclasses.replace(found, training=""), NAMES)
+    scaled = compared(A, 1.5 * A)
+    page = check_page(influence_comparison_html(scaled, None, NAMES))
+    assert page.headings[0].startswith("≠Same ranking, but the scores differ (largest difference 0.3 of")
+
+
+def test_correlations_are_explained() -> None:
+    page = check_page(influence_comparison_html(compared(), None, NAMES))
+    assert page.words.index("Spearman correlation (of the ranks)") == page.words.index("Spearman")
+    assert page.words.index("Pearson correlation (of the scores)") == page.words.index("Pearson")
+    assert "  Spearman: correlation of the ranks, Pearson: of the scores" in influence_comparison_text(
+        compared(), NAMES
+    )
+
+
 def test_incomparable_runs_have_a_reason() -> None:
     found = InfluenceComparison(RUN_A, RUN_B, "incomparable", "No target in common.", 3, (), ("0", "1"), ("2",))
     page = check_page(influence_comparison_html(found, None, NAMES))

@@ -200,7 +200,34 @@ def test_a_dry_run_says_all_and_changes_nothing(store: Path) -> None:
         "  trace/            1 file     300B",
         "  total             4 files  9.00kB",
         f"is needed by magic run {magic_run}",
+        f"would be refused: what: found checkpoints,trace, needed by magic run {magic_run}; "
+        "allowed: clean those first, or force",
     ]
+
+
+def test_a_dry_run_says_what_the_removal_would_be_refused_with(store: Path) -> None:
+    train_run = fake("train", files=TRAIN_FILES)
+    assert run_clean(train_run, "trace", dry_run=True).refused == ""
+    with stage_run("verify", "ab", "running", {"train_run_id": train_run}):
+        for _ in range(6):
+            fake("magic", {"train_run_id": train_run})
+        for what in ("trace", "checkpoints,figures", "all"):
+            found = run_clean(train_run, what, dry_run=True)
+            with pytest.raises(RunError) as error:
+                run_clean(train_run, what)
+            assert found.refused == str(error.value)
+            assert describe(found).endswith(f"\nwould be refused: {error.value}\n")
+        for allowed in (
+            run_clean(train_run, "figures", dry_run=True),
+            run_clean(train_run, "scores", dry_run=True),
+            run_clean(train_run, "all", dry_run=True, force=True),
+        ):
+            assert allowed.refused == ""
+            assert "refused" not in describe(allowed)
+    running = running_run("train", gone=False)
+    for dry_run in (True, False):
+        with pytest.raises(RunError, match=rf"^run_id: run {running} is RUNNING; allowed: a run that has ended$"):
+            run_clean(running, "all", dry_run=dry_run)
 
 
 def test_what_is_not_there_is_no_error(store: Path) -> None:

@@ -21,6 +21,7 @@ import tracked_replay as tr
 from tracked_replay.errors import RunError
 from tracked_replay.recording import file_sha256
 from tracked_replay.stages import compare_influence as stage
+from tracked_replay.stages.compare import CHECKED
 from tracked_replay.tracking import names
 
 INFLUENCE = "scores/influence.parquet"
@@ -222,7 +223,21 @@ def test_every_file_is_checked_where_it_is_asked_for(base: str, again: str) -> N
     sentence = refused("--run-a", base, "--run-b", again, "--check-files", failed=True)
     assert sentence.startswith(f"{again}: figures/score-histogram.png is damaged: ")
     path.write_bytes(content)
-    assert compare(base, again, "--check-files")[0] == 0
+    code, _, run_id = compare(base, again, "--check-files")
+    assert code == 0
+    assert content_of(run_id)["summary"].endswith(f". {CHECKED}")
+
+
+def test_the_files_of_a_run_that_is_given_twice_are_checked_where_asked(base: str) -> None:
+    path = folder_of(base) / "figures/score-histogram.png"
+    content = path.read_bytes()
+    path.write_bytes(content + b"x")
+    sentence = refused("--run-a", base, "--run-b", base, "--check-files", failed=True)
+    assert sentence.startswith(f"{base}: figures/score-histogram.png is damaged: ")
+    path.write_bytes(content)
+    summary = content_of(compare(base, base, "--check-files")[2])["summary"]
+    assert summary.startswith("The same run was given twice. ")
+    assert summary.endswith(CHECKED)
 
 
 def test_a_forged_score_is_found(base: str, training: str) -> None:
@@ -237,7 +252,11 @@ def test_a_forged_score_is_found(base: str, training: str) -> None:
     edit_recording(forged, forge)
     code, out, run_id = compare(base, forged)
     assert code == 1
+    assert out.startswith("Same ranking; the scores differ only by rounding (largest difference ")
     assert "1 of 128 scores" in out
+    tags = mlflow.get_run(run_id).data.tags
+    assert tags[names.VERDICT] == content_of(run_id)["verdict"] == "different"
+    assert tags["mlflow.note.content"].startswith("**Same ranking; the scores differ only by rounding (")
     target = content_of(run_id)["targets"][1]
     assert (target["differing"], [row["train_index"] for row in target["moved_in_score"]]) == (1, [7])
 
@@ -305,6 +324,11 @@ def test_the_output_folder_gets_json_page_and_figure(base: str, seeded: str, tmp
     assert written == {stage.COMPARISON, stage.PAGE, stage.FIGURE}
     assert json.loads((folder / stage.COMPARISON).read_text()) == content_of(run_id)
     assert "runs/" not in (folder / stage.PAGE).read_text(encoding="utf-8")
+    (tmp_path / "taken").touch()
+    sentence = refused("--run-a", base, "--run-b", seeded, "--output", tmp_path / "taken")
+    assert sentence.startswith(
+        f"output: found '{tmp_path / 'taken'}', which cannot be written (File exists); allowed: "
+    )
 
 
 def test_python(base: str, again: str, seeded: str, training: str) -> None:

@@ -140,7 +140,7 @@ def test_another_seed_parts_them_at_step_0(base: str, seeded: str) -> None:
     assert code == 1
     assert (found["verdict"], found["first_divergent_step"]) == ("different", 0)
     assert [cause["name"] for cause in found["causes"]] == ["seed"]
-    assert "likely cause: seed: the seeds differ: seed is 0 and 1" in out
+    assert "likely cause: seed: the seeds differ: seed is 0 in A and 1 in B" in out
     assert run.data.tags[names.VERDICT] == "different"
     assert run.data.metrics["first_divergent_step"] == 0
     assert run.data.metrics["tensors/differing"] == len(found["tensors"]) == 8
@@ -189,6 +189,22 @@ def test_two_swapped_labels_part_them_where_they_first_occur(store: Path) -> Non
     assert {row["column"] for row in found["trace"]} == {"labels", "loss", "state_digest"}
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("train.batch_size", ("16", "8")), ("data.flip_labels", ("0.0", "0.2")), ("train.epochs", ("2", "3"))],
+)
+def test_the_field_that_explains_other_batches_is_named_first(
+    base: str, task: str, field: str, values: tuple[str, str]
+) -> None:
+    other = tr.train(own_config(task, **{field.replace(".", "__"): json.loads(values[1])}))
+    code, out, run_id = compare(base, other)
+    assert code == 1
+    assert content_of(run_id)["first_difference"] == "data"
+    cause = f"config: {field} is {values[0]} in A and {values[1]} in B"
+    assert f"\nlikely cause: {cause}\n" in out
+    assert f"\nLikely cause: {cause}\n" in mlflow.get_run(run_id).data.tags["mlflow.note.content"].replace("\\", "")
+
+
 LARGE_SUM = """class Net(nn.Linear):
             def __init__(self):
                 super().__init__(5, 3)
@@ -215,7 +231,7 @@ def test_another_number_of_threads_is_named_as_the_cause(store: Path) -> None:
     assert found["first_divergent_step"] == differs.index(True) == 0
     assert found["first_difference"] in ("loss", "state")
     assert found["causes"][0]["name"] == "threads"
-    assert "likely cause: threads: the number of CPU threads differs: 1 and 2" in out
+    assert "likely cause: threads: the number of CPU threads differs: train.threads is 1 in A and 2 in B" in out
 
 
 def test_a_damaged_checkpoint_is_named_and_no_difference(base: str, again: str, seeded: str) -> None:
@@ -328,6 +344,19 @@ def test_the_same_run_twice_is_said(task: str, monkeypatch: pytest.MonkeyPatch) 
         assert "The same run was given twice; it is identical to itself, and nothing was compared." in out
 
 
+def test_the_files_of_a_run_that_is_given_twice_are_checked_where_asked(base: str, again: str) -> None:
+    code, _, run_id = compare(base, base, "--check-files")
+    assert code == 0
+    assert content_of(run_id)["summary"] == f"{stage.SAME_RUN}. {stage.CHECKED}"
+    with flipped(folder_of(again) / "rng/step-000003.safetensors"):
+        assert compare(again, again)[0] == 0
+        for others in (again, f"{again},{again}"):
+            sentence = refused("--run-a", again, "--run-b", others, "--check-files", failed=True)
+            assert sentence.startswith(f"{again}: rng/step-000003.safetensors is damaged: ")
+    _, _, run_id = compare(base, f"{again},{again}", "--check-files")
+    assert content_of(run_id, "compare/2-3.json")["summary"] == f"{stage.SAME_RUN}. {stage.CHECKED}"
+
+
 def test_several_runs_make_a_matrix(base: str, again: str, seeded: str) -> None:
     code, out, run_id = compare(base, f"{again}, {seeded}")
     assert code == 1
@@ -399,8 +428,25 @@ def test_the_output_folder_gets_table_page_and_figure(base: str, seeded: str, tm
     found = json.loads((tmp_path / "files" / stage.COMPARISON).read_text())
     assert (found["a"], found["verdict"]) == (str(a), "different")
     assert str(b) in (tmp_path / "files" / stage.PAGE).read_text(encoding="utf-8")
-    (tmp_path / "taken").touch()
-    assert "taken" in refused("--run-a", base, "--run-b", seeded, "--output", tmp_path / "taken")
+
+
+def test_an_output_folder_that_cannot_be_made(
+    base: str, seeded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, sides = tmp_path / "taken", ("--run-a", base, "--run-b", seeded)
+    taken.touch()
+    allowed = "; allowed: a folder that can be made and written to"
+    for path, reason in ((taken, "File exists"), (taken / "below", "Not a directory")):
+        sentence = refused(*sides, "--output", path)
+        assert sentence == f"output: found '{path}', which cannot be written ({reason}){allowed}"
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/compare").touch()
+    code, _, err = command("compare", *sides, "--output", tmp_path / "half", "--log-level", "ERROR")
+    assert code == 2
+    assert f"error: output: found '{tmp_path / 'half'}', which cannot be written (" in err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    sentence = refused(*sides, "--output", tmp_path / "half")
+    assert sentence == f"output: found '{tmp_path / 'half'}', which cannot be written (Permission denied){allowed}"
 
 
 UNKNOWN = "0" * 32

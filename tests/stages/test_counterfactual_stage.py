@@ -17,7 +17,7 @@ from tiny import own_config, tiny_config, write_task
 import tracked_replay as tr
 from tracked_replay.errors import ConfigError, RecordingError, ReplayError, RetrainingError, RunError
 from tracked_replay.stages import retrainings
-from tracked_replay.stages.counterfactual import read_counterfactual, run_counterfactual
+from tracked_replay.stages.counterfactual import conclusion, read_counterfactual, run_counterfactual
 from tracked_replay.tracking import names
 
 CONFIG = tiny_config(train__epochs=2)
@@ -125,6 +125,90 @@ def test_a_run_holds_weights_outcomes_figure_and_description(recorded: tuple) ->
     assert run.data.tags["tracked_replay.input.magic_run_id"] == magic_run
     (child,) = [one for one in runs_of("retraining") if one.data.tags["mlflow.parentRunId"] == run_id]
     assert child.info.status == "FINISHED"
+
+
+def test_the_conclusion_is_the_first_line_of_the_description_and_the_last_before_the_run(recorded: tuple) -> None:
+    _, magic_run = recorded
+    code, out, err = command("counterfactual", "--magic-run-id", magic_run, "--remove", "8,22,23")
+    assert code == 0, err
+    run_id = re.findall(r"counterfactual run: (\w+)", out)[0]
+    result = read_counterfactual(run_id)
+    happened, expected = result.actual - base_of(magic_run), result.predicted - base_of(magic_run)
+    right = sum(one * other > 0 for one, other in zip(happened, expected, strict=True))
+    worst = max(range(3), key=lambda place: abs(result.actual[place] - result.predicted[place]))
+    moves = [
+        f"a {'rise' if change > 0 else 'fall'} of {abs(change):.3g}" for change in (happened[worst], expected[worst])
+    ]
+    sentence = (
+        f"Removing these 3 examples moved the measurement of {right} of 3 targets the way that the scores predicted; "
+        f"they are furthest off at target {TARGETS.replace(';', ',').split(',')[worst]}, by "
+        f"{abs(happened[worst] - expected[worst]):.3g}: {moves[0]}, predicted {moves[1]}."
+    )
+    assert f"\n{sentence}\ncounterfactual run: " in out
+    assert mlflow.get_run(run_id).data.tags["mlflow.note.content"].startswith(f"{sentence} ")
+
+
+@pytest.mark.parametrize(
+    ("happened", "expected", "sentence"),
+    [
+        (
+            -0.125,
+            -0.12,
+            "lowered the measurement of target 3 by 0.125; the scores predicted 0.12 (96% of what happened)",
+        ),
+        (0.25, 0.5, "raised the measurement of target 3 by 0.25; the scores predicted 0.5 (200% of what happened)"),
+        (0.01, 0.5, "raised the measurement of target 3 by 0.01; the scores predicted 0.5 (50 times what happened)"),
+        (
+            -0.125,
+            0.5,
+            "lowered the measurement of target 3 by 0.125; the scores predicted the opposite, a rise of 0.5",
+        ),
+        (0.125, -0.5, "raised the measurement of target 3 by 0.125; the scores predicted the opposite, a fall of 0.5"),
+        (0.125, 0, "raised the measurement of target 3 by 0.125; the scores predicted no change"),
+        (0, 0.5, "did not change the measurement of target 3; the scores predicted a rise of 0.5"),
+        (0, 0, "did not change the measurement of target 3, as the scores predicted"),
+    ],
+)
+def test_the_conclusion_on_one_target_has_signs_and_share(happened: float, expected: float, sentence: str) -> None:
+    base = np.array([2.0])
+    for weights, done in (
+        ([0.0], "Removing this example"),
+        ([0.0, 0.0], "Removing these 2 examples"),
+        ([2.5], "Reweighting this example"),
+        ([0.0, 0.5], "Reweighting these 2 examples"),
+    ):
+        found = conclusion(np.array(weights), ["3"], base, base + expected, base + happened)
+        assert found == f"{done} {sentence}."
+
+
+def test_the_conclusion_on_several_targets_counts_directions_and_names_the_worst() -> None:
+    base, removed = np.zeros(4), np.zeros(2)
+    names_of = ["0", "1", "2", "mean:all"]
+    found = conclusion(removed, names_of, base, np.array([0.5, -0.5, 0, 0.25]), np.array([0.75, 0.125, 0, 0]))
+    assert found == (
+        "Removing these 2 examples moved the measurement of 2 of 4 targets the way that the scores predicted; they are "
+        "furthest off at target 1, by 0.625: a rise of 0.125, predicted a fall of 0.5."
+    )
+    found = conclusion(removed, names_of, base, np.array([0.5, -0.5, 0, 0.25]), np.array([0.5, -0.5, 0, 0]))
+    assert found.endswith("furthest off at target mean:all, by 0.25: no change, predicted a rise of 0.25.")
+    assert conclusion(np.ones(1), names_of, base, base, base) == (
+        "Reweighting this example changed the measurement of none of the 4 targets, as the scores predicted."
+    )
+
+
+def test_the_name_of_a_target_cannot_end_a_row(recorded: tuple) -> None:
+    run_id = run_counterfactual(recorded[0], remove="5", targets="mean:0,\n1")
+    text = mlflow.get_run(run_id).data.tags["mlflow.note.content"]
+    assert text.startswith("Removing this example ")
+    assert " target mean:0, 1 by " in text.splitlines()[0]
+    assert re.search(r"^\| mean:0, 1 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", text, re.MULTILINE)
+
+
+def test_what_follows_a_hash_in_a_file_of_examples_is_no_index(recorded: tuple, tmp_path: Path) -> None:
+    path = tmp_path / "top.txt"
+    path.write_text("# the 2 most suspicious of 48\n7  # labelled 3, the model says 8 (97%)\n\n2# 5\n")
+    run_id = run_counterfactual("", remove=str(path), magic_run_id=recorded[1])
+    assert table_of(run_id, "counterfactual/weights.parquet")["train_index"].to_pylist() == [2, 7]
 
 
 @pytest.mark.parametrize("side", ["harmful", "helpful"])
@@ -322,6 +406,7 @@ def test_bad_input_is_one_sentence_and_starts_nothing(arguments: list[str], mess
         ("remove", b"\xff\xfe\x00", "cannot be read: it is not UTF-8 text"),
         ("remove", b"", "names no example; allowed: one index a line"),
         ("remove", b" \n\n", "names no example; allowed: one index a line"),
+        ("remove", b"# 3\n", "names no example; allowed: one index a line"),
         ("remove", b"index\n3\n", "remove: found 'index'; allowed: indices"),
         ("remove", b"3\n3\n", "remove: 3 is given twice"),
         ("remove", b"3\n48\n", "remove: found 48; allowed: 0 to 47"),

@@ -67,6 +67,17 @@ def test_every_written_command_has_a_stage_and_options_that_there_are(page: Path
         assert given <= {*fields_of(STAGES[stage][0]), "help"}, written
 
 
+@pytest.mark.parametrize("page", ["remote-server.md", "find-bad-labels.md"])
+def test_a_command_that_needs_the_clone_says_so(page: str) -> None:
+    content = text(f"how-to/{page}")
+    places = [found.start() for found in re.finditer(r"^mlflow run \. ", content, re.MULTILINE)]
+    assert places
+    for place in places:
+        before, line = content[:place].rpartition("```bash\n")[0], content[place:].split("\n")[0]
+        paragraph = before.rstrip().rpartition("\n\n")[2]
+        assert "in a clone of this repository" in paragraph + line, line
+
+
 def test_from_a_clone_to_a_picture(store: Path) -> None:
     run_marked("how-to/start-here.md", "start here 1", ONE_THREAD)
     run_marked("how-to/start-here.md", "start here 2")

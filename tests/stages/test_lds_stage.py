@@ -16,6 +16,7 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from scipy import stats
 from stage_runs import bits, command, edit_recording, folder_of, plain_retraining, refusal, runs_of, statuses, table_of
@@ -26,6 +27,7 @@ from tracked_replay.errors import ConfigError, DataError, RecordingError, Replay
 from tracked_replay.lds import RetrainingJob, retrain
 from tracked_replay.stages import retrainings
 from tracked_replay.tracking import names
+from tracked_replay.tracking.runs import TRAINING_VIEW
 
 ROOT = Path(__file__).parents[2]
 CONFIG = tiny_config(train__epochs=2, lds__drop="0.1,0.25", lds__subsets=4, lds__resamples=100)
@@ -182,6 +184,46 @@ def test_each_retraining_is_a_finished_child_with_its_losses(validated: tuple) -
         facts = json.loads((folder_of(child.info.run_id) / "lds/retraining.json").read_text())
         assert facts["final_digest"] == digests[number]
         assert not (folder_of(child.info.run_id) / "checkpoints").exists()
+
+
+def test_the_scores_run_says_what_its_newest_validation_found(store: Path) -> None:
+    magic_run = tr.magic(config=CONFIG, targets="3,0")
+    held = f"{names.HELD} not yet."
+    before = mlflow.get_run(magic_run).data.tags["mlflow.note.content"]
+    assert held in before.splitlines()
+    first = tr.lds(magic_run, overrides=QUICK)
+    second = tr.lds(magic_run, overrides=QUICK | {"lds.drop": "0.25"})
+    run = mlflow.get_run(second)
+    metrics, experiment = run.data.metrics, run.info.experiment_id
+    tags = mlflow.get_run(magic_run).data.tags
+    line = (
+        f"{names.HELD} LDS, 25 % removed: {metrics['lds']:.3f} [{metrics['lds_low']:.3f}, {metrics['lds_high']:.3f}] "
+        f"([run {second}](#/experiments/{experiment}/runs/{second}{TRAINING_VIEW}))"
+    )
+    assert tags["mlflow.note.content"] == before.replace(held, line)
+    assert tags[names.VALIDATED_BY] == second != first
+    # What somebody wrote instead stays.
+    MlflowClient().set_tag(magic_run, "mlflow.note.content", "my own words")
+    third = tr.lds(magic_run, overrides=QUICK | {"lds.drop": "0.3"})
+    first_line, *rest = mlflow.get_run(magic_run).data.tags["mlflow.note.content"].splitlines()
+    assert third in first_line
+    assert rest == ["", "my own words"]
+
+
+def test_a_scores_run_that_cannot_be_written_to_costs_no_validation(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    magic_run, original = tr.magic(config=CONFIG, targets="3,0"), MlflowClient.set_tag
+
+    def guarded(client: MlflowClient, run_id: str, *arguments: object) -> None:
+        if run_id == magic_run:
+            raise MlflowException("not yours")
+        original(client, run_id, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "set_tag", guarded)
+    lds_run = tr.lds(magic_run, overrides=QUICK)
+    assert mlflow.get_run(lds_run).info.status == "FINISHED"
+    assert f"run {magic_run} does not say that run {lds_run} validated it: not yours" in caplog.text
 
 
 def test_the_same_again_is_reused_and_more_subsets_train_only_those(validated: tuple) -> None:

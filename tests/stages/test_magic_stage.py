@@ -208,6 +208,12 @@ KINDS = {
             "return Net()"
         )
     ],
+    "weight norm": [
+        model(
+            "from torch.nn.utils.parametrizations import weight_norm\n"
+            "return nn.Sequential(weight_norm(nn.Linear(5, 6)), nn.Tanh(), weight_norm(nn.Linear(6, 3), dim=None))"
+        )
+    ],
     "group norm": [
         IMAGES,
         model(

@@ -121,6 +121,19 @@ def test_a_run_is_reproduced_bit_for_bit(trained: str) -> None:
     assert {path: path.read_bytes() for path in sorted(folder_of(trained).rglob("*")) if path.is_file()} == before
 
 
+def test_results_still_hang_on_the_training_that_was_reproduced(task: str) -> None:
+    config = own_config(task, seed=11)
+    first = tr.train(config)
+    scores = tr.magic(first, "0")
+    tr.reproduce(first)
+    again = next(run for run in runs_of(names.TRAIN) if run.data.tags.get(names.REPRODUCES) == first)
+    assert tr.train(config) == first
+    assert tr.magic(config=config, targets="0") == scores
+    # Without the first, its reproduction is as good.
+    mlflow.delete_run(first)
+    assert tr.train(config) == again.info.run_id
+
+
 def test_it_takes_over_the_run_that_mlflow_run_made(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = MlflowClient().create_run(mlflow.get_run(trained).info.experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", made)

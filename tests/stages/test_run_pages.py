@@ -27,6 +27,7 @@ from tracked_replay.stages.suspects_result import read_suspects
 from tracked_replay.stages.verify import run_verify
 from tracked_replay.tasks import load_task
 from tracked_replay.tracking import names
+from tracked_replay.tracking.runs import TRAINING_VIEW
 
 CONFIG = tiny_config(train__epochs=2, lds__drop="0.1,0.25", lds__subsets=4, lds__resamples=100, lds__baselines=False)
 TARGETS = "0;mean:0-4"
@@ -74,7 +75,8 @@ def test_a_description_links_its_inputs_and_ends_with_a_command_that_there_is(st
     text = description(runs[stage])
     for key, run_id in runs[stage].data.tags.items():
         if key.startswith(names.INPUT):
-            assert f"[{run_id}](#/experiments/{runs[stage].info.experiment_id}/runs/{run_id})" in text, key
+            path = f"#/experiments/{runs[stage].info.experiment_id}/runs/{run_id}{TRAINING_VIEW}"
+            assert f"[{run_id}]({path})" in text, key
     last = text.strip().splitlines()[-1]
     command = re.search(r"- next.*`tracked-replay (\w+) [^`]+`$", last)
     assert command is not None, last
@@ -137,7 +139,7 @@ def test_a_retraining_says_what_was_left_out_and_of_which_run(runs: dict) -> Non
     removed = pq.read_table(root / "counterfactual/weights.parquet")["train_index"].to_pylist()
     assert f"retrained without 2 examples ({', '.join(map(str, removed))})" in text
     for run_id in (parent.info.run_id, runs["train"].info.run_id):
-        assert f"[{run_id}](#/experiments/{parent.info.experiment_id}/runs/{run_id})" in text
+        assert f"[{run_id}](#/experiments/{parent.info.experiment_id}/runs/{run_id}{TRAINING_VIEW})" in text
     measured = retraining.data.metrics["evaluation_measurement"]
     assert f"evaluation measurement {measured:.4g}**" in text
     assert retraining.data.tags[names.TASK] == parent.data.tags[names.TASK] == "TinyTask"

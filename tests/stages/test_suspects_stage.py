@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -19,10 +20,12 @@ from test_docs import documented_columns, require_documented
 from tiny import TinyTask, own_config, tiny_config, write_task
 
 import tracked_replay as tr
+from tracked_replay import report
 from tracked_replay.debugging import QUESTIONS
 from tracked_replay.errors import ConfigError, RecordingError
+from tracked_replay.report import Suspect
 from tracked_replay.stages.suspects import run_suspects
-from tracked_replay.stages.suspects_result import describe, read_suspects
+from tracked_replay.stages.suspects_result import Suspects, describe, read_suspects
 from tracked_replay.stages.verify import run_verify
 from tracked_replay.tasks import Examples
 
@@ -174,7 +177,7 @@ def test_the_run_shows_table_figure_questions_and_a_list_to_remove(found: tuple)
         assert f"| {name} | {question} |" in text
     assert tags["tracked_replay.input.train_run_id"] == train_run
     top = root / "suspects/top.txt"
-    assert [int(line) for line in top.read_text().splitlines()] == order[:TOP]
+    assert np.loadtxt(top, dtype=int, comments="#").tolist() == order[:TOP]
     code, out, err = command("counterfactual", "--train-run-id", train_run, "--targets", "mean:all", "--remove", top)
     assert code == 0, err
     actual = float(re.findall(r"actual ([\d.]+)", out)[0])
@@ -199,13 +202,83 @@ def test_command_line_and_python_share_the_run(found: tuple) -> None:
     assert f"suspects run: {run_id}" in out
     assert "reusing suspects run" in err
     assert describe(read_suspects(run_id)) in out
-    first = table_of(run_id, "suspects/suspects.parquet").slice(0, 1).to_pylist()[0]
-    names = TinyTask.label_names
-    assert (
-        f"   1. training example {first['train_index']}: labelled {names[first['label']]}, the model says "
-        f"{names[first['predicted_label']]} ({first['probability']:.0%})\n"
-    ) in out
+    rows = table_of(run_id, "suspects/suspects.parquet").to_pylist()
+    for row in rows[:10]:
+        assert f"{row['rank']:4d}. training example {row['train_index']}: {in_words(row)}\n" in out
     assert statuses() == before
+    command_after = re.findall(r"^next: +(.*)$", out, re.MULTILINE)[0]
+    assert command_after.endswith(f" --remove {','.join(str(row['train_index']) for row in rows[:10])}")
+    assert mlflow.get_run(run_id).data.tags["mlflow.note.content"].endswith(f"- next: `{command_after}`\n")
+
+
+def in_words(row: dict) -> str:
+    """What a row of the table says of its example."""
+    names = TinyTask.label_names
+    agrees = row["predicted_label"] == row["label"]
+    says = "the model agrees" if agrees else f"the model says {names[row['predicted_label']]}"
+    return f"labelled {names[row['label']]}, {says} ({row['probability']:.0%})"
+
+
+def test_what_the_model_agrees_with_comes_last_and_is_marked(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Suspect] = []
+    draw = report.suspects_figure
+    monkeypatch.setattr(
+        report, "suspects_figure", lambda suspects, *rest: drawn.extend(suspects) or draw(suspects, *rest)
+    )
+    run_id = run_suspects(config=tiny_config(train__epochs=2), checkpoints=1, share=0.8)
+    rows = table_of(run_id, "suspects/suspects.parquet").to_pylist()
+    agrees = [row["predicted_label"] == row["label"] for row in rows]
+    assert agrees == sorted(agrees)
+    disagreeing, top = agrees.count(False), rows[:38]
+    assert 0 < disagreeing < 38
+    heading, *lines = (folder_of(run_id) / "suspects/top.txt").read_text().splitlines()
+    assert heading == (
+        f"# the 38 most suspicious of 48 training examples by margin; the model says another class than the label of "
+        f"{disagreeing}, and agrees with {38 - disagreeing}"
+    )
+    assert lines == [f"{row['train_index']}  # {in_words(row)}" for row in top]
+    assert f"the model says another class than the label of {disagreeing} of all 48 examples" in describe(
+        read_suspects(run_id)
+    )
+    assert [suspect.says for suspect in drawn] == [
+        f"→ {'agrees' if agreed else TinyTask.label_names[row['predicted_label']]} {row['probability']:.0%}"
+        for agreed, row in zip(agrees[:32], rows, strict=False)
+    ]
+    assert [suspect.differs for suspect in drawn] == [not agreed for agreed in agrees[:32]]
+    text = mlflow.get_run(run_id).data.tags["mlflow.note.content"]
+    assert f"the model agrees with the label of {38 - disagreeing} of these" in text
+    shown = json.loads((folder_of(run_id) / "tables/suspects.json").read_text())
+    for values in shown["data"]:
+        row = dict(zip(shown["columns"], values, strict=True))
+        assert row["model_agrees"] is (row["model_says"] == row["label"])
+
+
+def test_a_list_where_the_model_agrees_says_so() -> None:
+    columns = {"rank": [1, 2], "train_index": [7, 5], "label": [0, 1], "predicted_label": [1, 1]}
+    summary = {"label_names": ["a", "b"], "rankings": [{"name": "margin", "question": "?"}]}
+    assert describe(Suspects(pa.table(columns | {"probability": [0.9, 0.51]}), summary)).splitlines() == [
+        "most suspicious by margin: ?",
+        "the model says another class than the label of 1 of all 2 examples",
+        "   1. training example 7: labelled a, the model says b (90%)",
+        "   2. training example 5: labelled b, the model agrees (51%)",
+    ]
+
+
+def test_a_label_cannot_end_a_line(store: Path) -> None:
+    labels = ('label_names = ("a", "b", "c")', r'label_names = ("a\n\n| x", "b\r\u2028*x*", "c" * 99)')
+    run_id = run_suspects(config=own_config(write_task(store, labels)), share=0.5)
+    lines = (folder_of(run_id) / "suspects/top.txt").read_text().splitlines()
+    rows = table_of(run_id, "suspects/suspects.parquet").to_pylist()
+    names = ["a | x", "b *x*", "c" * 59 + "…"]
+    assert [line.split(", ")[0] for line in lines[1:]] == [
+        f"{row['train_index']}  # labelled {names[row['label']]}" for row in rows[:16]
+    ]
+    assert len(describe(read_suspects(run_id)).splitlines()) == 12
+    written = [r"a \| x", r"b \*x\*", names[2]]
+    first = mlflow.get_run(run_id).data.tags["mlflow.note.content"].splitlines()[0]
+    assert re.findall(r"#(\d+) \(labelled ([^,]*), the model", first) == [
+        (str(row["train_index"]), written[row["label"]]) for row in rows[:3]
+    ]
 
 
 def test_without_flips_nothing_is_retrained_and_nothing_is_claimed(store: Path) -> None:
@@ -243,7 +316,12 @@ def test_a_task_without_classes_is_ranked_by_its_losses(store: Path) -> None:
     assert (np.diff(table["training_loss"].to_numpy()) <= 0).all()
     removals = summary_of(run_id)["removals"]
     assert [row["evaluation_accuracy"] for row in removals] == [None] * 4
-    assert "the model says" not in describe(read_suspects(run_id))
+    assert "the model" not in describe(read_suspects(run_id))
+    lines = (folder_of(run_id) / "suspects/top.txt").read_text().splitlines()
+    assert lines[0] == "# the 2 most suspicious of 32 training examples by training_loss"
+    assert [re.sub(r"labelled [abc]$", "", line) for line in lines[1:]] == [
+        f"{index}  # " for index in table["train_index"].to_pylist()[:2]
+    ]
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "0.001", "some"])

@@ -24,7 +24,9 @@ from mlflow.tracking import MlflowClient
 from tiny import tiny_config, tiny_setup
 
 import tracked_replay as tr
+from tracked_replay.debugging import choose_checkpoints, rank_examples
 from tracked_replay.errors import ConfigError, FetchError, RecordingError, TrackedReplayError
+from tracked_replay.lds import baseline_scores
 from tracked_replay.recording import Recording, folder_source
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target, states_backward
 from tracked_replay.stages.clean import describe, run_clean
@@ -354,6 +356,121 @@ def test_a_limit_that_is_none_is_one_sentence_and_leaves_no_run_behind(
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         tr.magic(trained, "0")
     assert len(mlflow.search_runs(output_format="list")) == before
+
+
+def break_cache(fault: str, folder: Path) -> None:
+    """Make a cache that no run can wait in; what is at ``folder`` is not there yet."""
+    if fault == "a file":
+        folder.write_text("a file")
+    elif fault == "no permission":
+        folder.mkdir(mode=0o500)
+    else:
+        folder.mkdir()
+        (folder / "runs").write_text("a file")
+
+
+ONLY_USERS = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+FAULTS = ["a file", "under a file", "runs is a file", pytest.param("no permission", marks=ONLY_USERS)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_cache_that_cannot_be_written_to_is_one_sentence_and_leaves_no_run_behind(
+    fault: str, trained: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_cache(fault.removeprefix("under "), cache)
+    found = cache / "x" if fault == "under a file" else cache
+    monkeypatch.setenv("TRACKED_REPLAY_CACHE", str(found))
+    before = len(mlflow.search_runs(output_format="list"))
+    message = f"TRACKED_REPLAY_CACHE: found {str(found)!r}, in which no folder 'runs' can be written to ("
+    for begin in (
+        lambda: tr.train(CONFIG, force=True),
+        lambda: tr.magic(trained, "0", force=True),
+        lambda: Workspace.of(trained),  # of a run that is there already
+    ):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(message)}[A-Z][^\n()]*\); allowed: a folder [^\n]*$"):
+            begin()
+    assert len(mlflow.search_runs(output_format="list")) == before
+
+
+def test_a_cache_in_a_home_that_is_none_is_one_sentence(
+    trained: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKED_REPLAY_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(ConfigError, match=r"^TRACKED_REPLAY_CACHE: found '~nobody-of-this-name/cache', but [^\n]*$"):
+        tr.magic(trained, "0", force=True)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", state_file(6)])
+def test_a_link_among_the_copies_is_removed_and_what_it_leads_to_is_left_alone(
+    place: str, trained: str, cache: Path, tmp_path: Path
+) -> None:
+    scores = scores_of(open_recording(trained))
+    link, elsewhere = cache / "fetched" / trained / place, tmp_path / "elsewhere"
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    files = [path for path in (elsewhere, *elsewhere.rglob("*")) if path.is_file()]
+    for path in files:
+        os.utime(path, (1, 1))
+    SlowRepository.fetched = []
+    assert np.array_equal(scores_of(open_recording(trained)), scores)
+    assert (
+        len([name for name in SlowRepository.fetched if "step-" in name]) == len(files) == (1 if "." in place else 13)
+    )
+    assert not link.is_symlink()
+    assert len(kept(cache)) == 13
+    assert {path.stat().st_mtime for path in files} == {1}
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", f"run/{state_file(1)}"])
+def test_nothing_is_added_or_dropped_where_a_link_leads(place: str, tmp_path: Path) -> None:
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    states = FetchedStates(cache, 100)
+    for change in (lambda: put(states, tmp_path, 1, 30), lambda: states.drop("run", state_file(1))):
+        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        put(states, tmp_path, 1, 20)
+        (cache / place).rename(elsewhere)
+        (cache / place).symlink_to(elsewhere)
+        change()
+        assert not (cache / place).is_symlink()
+        assert [path.stat().st_size for path in (elsewhere, *elsewhere.rglob("*")) if path.is_file()] == [20]
+        elsewhere.unlink() if elsewhere.is_file() else shutil.rmtree(elsewhere)
+
+
+def test_the_note_of_the_size_is_not_written_where_a_link_leads(tmp_path: Path) -> None:
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    cache.mkdir()
+    elsewhere.write_text("20")
+    (cache / "bytes").symlink_to(elsewhere)
+    put(FetchedStates(cache, 100), tmp_path, 1, 30)
+    assert elsewhere.read_text() == "20"
+    assert (cache / "bytes").read_text() == "30"
+
+
+def test_baselines_and_rankings_from_afar_are_those_of_a_folder_and_fetch_several_states_at_once(
+    trained: str, cache: Path
+) -> None:
+    setup = tiny_setup(train__epochs=4)
+    here = Recording(folder_source(stored(trained)))
+    SlowRepository.seconds = 0.02
+
+    def rank(recording: Recording) -> dict[str, np.ndarray]:
+        chosen = choose_checkpoints(recording, 4)
+        with recording.ahead([*chosen, recording.final]) as source:
+            found = rank_examples(setup, source, chosen, TARGETS[0], np.zeros(setup.data.num_train))
+        return {ranking.name: ranking.values for ranking in found.rankings}
+
+    for values in (lambda recording: baseline_scores(setup, recording, TARGETS), rank):
+        SlowRepository.most, SlowRepository.fetched = 0, []
+        expected, found = values(here), values(open_recording(trained))
+        assert found.keys() == expected.keys()
+        for name in found:
+            # Kernels of many small products may round by where in memory a tensor lies.
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-13, err_msg=name)
+        assert 1 < SlowRepository.most <= FETCHES
+        assert set(Counter(SlowRepository.fetched).values()) == {1}  # the trace is not read anew
+        assert len([name for name in SlowRepository.fetched if "step-" in name]) == 5
+    assert threads() == []
 
 
 @pytest.mark.parametrize(

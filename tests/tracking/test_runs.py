@@ -14,6 +14,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from PIL import Image
@@ -80,6 +81,44 @@ def test_a_run_that_breaks_off_is_closed_and_never_found(error: BaseException, s
     assert not any(names.FINGERPRINT in run.data.tags for run in all_runs())
     assert find_finished("train", "ab") is None
     assert mlflow.active_run() is None
+
+
+def no_end(*_: object, **__: object) -> None:
+    raise MlflowException("https://me:secret@host does not\nlet it end")
+
+
+@pytest.mark.parametrize("error", [MlflowException("it went away"), ConfigError("x"), KeyboardInterrupt()])
+def test_a_store_that_does_not_let_a_run_end_does_not_hide_what_broke_it_off(
+    error: BaseException, store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def outer() -> None:
+        with stage_run("lds", None, "outer", {}), stage_run("magic", "ab", "inner", {}):
+            monkeypatch.setattr(MlflowClient, "set_terminated", no_end)
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        outer()
+    assert caught.value is error
+    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    known = {run.info.run_name: run.info.run_id for run in all_runs()}
+    notes = [
+        f"run {known[name]} could not be ended as {status}: https://me:***@host does not let it end"
+        for name in ("inner", "outer")
+    ]
+    assert error.__notes__ == notes
+    assert [record.getMessage() for record in caplog.records if "could not be ended" in record.getMessage()] == notes
+    assert mlflow.active_run() is None
+
+
+def test_a_result_that_the_store_does_not_let_end_is_an_error(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MlflowException, match="let it end"), stage_run("lds", "ab", "a name", {}):
+        monkeypatch.setattr(MlflowClient, "set_terminated", no_end)
+
+
+def test_a_store_in_a_folder_needs_no_cache(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store / "a file").write_text("no folder")
+    monkeypatch.setenv("TRACKED_REPLAY_CACHE", str(store / "a file"))
+    tr.magic(tr.train(tiny_config(train__epochs=1)), "0")
 
 
 def test_a_nested_stage_is_a_child(store: Path) -> None:
@@ -244,8 +283,12 @@ def test_what_is_shown_of_a_store_holds_no_password(store: Path, monkeypatch: py
 
 
 @pytest.fixture
-def server(store: Path) -> Iterator[str]:
-    """A real tracking server that serves artifacts, with a store of its own; the tests' tracking URI points to it."""
+def server_process(store: Path) -> Iterator[tuple[str, int]]:
+    """A real tracking server that serves artifacts, with a store of its own; the tests' tracking URI points to it.
+
+    Yields:
+        Its URL and its process group.
+    """
     folder = store / "server side"
     folder.mkdir()
     os.replace(store / "mlflow.db", folder / "mlflow.db")
@@ -273,11 +316,46 @@ def server(store: Path) -> Iterator[str]:
             time.sleep(0.25)
         mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
         mlflow.set_experiment("over http")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)
         log.close()
+
+
+@pytest.fixture
+def server(server_process: tuple[str, int]) -> str:
+    return server_process[0]
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_in_a_training_is_told_of_in_one_sentence(
+    server_process: tuple[str, int], store: Path
+) -> None:
+    url, group = server_process
+    task = write_task(
+        store,
+        more=f"""
+        calls = 0
+
+        def per_example_loss(self, outputs, labels):
+            Own.calls += 1
+            if Own.calls == 6:  # the first epoch is logged
+                import os
+                os.killpg({group}, 9)
+            return super().per_example_loss(outputs, labels)
+        """,
+    )
+    environment = os.environ | {"MLFLOW_TRACKING_URI": url, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    environment |= {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    fields = f"data.task={task},train.batch_size=8,train.epochs=2,train.threads=1"
+    command = [sys.executable, "-m", "tracked_replay", "train", "--set", fields]
+    done = subprocess.run(command, env=environment, cwd=store, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    said = done.stderr.splitlines()
+    assert said[-1].startswith(f"error: API request to {url}/api/2.0/mlflow/runs/log-batch failed")
+    assert f"could not be ended as FAILED: API request to {url}/api/2.0/mlflow/runs/update failed" in said[-2]
 
 
 @pytest.mark.slow

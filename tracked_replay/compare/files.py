@@ -14,7 +14,7 @@ import pyarrow as pa
 import safetensors
 from torch import Tensor
 
-from tracked_replay.compare.result import Comparison, Difference, TensorComparison, Tolerance, Verdict
+from tracked_replay.compare.result import ULP, Comparison, Difference, TensorComparison, Tolerance, Verdict
 from tracked_replay.compare.runs import ASPECTS, tolerance_text
 from tracked_replay.compare.tensors import compare_states
 from tracked_replay.errors import ConfigError, RecordingError
@@ -319,31 +319,33 @@ def _conclude(a: _Side, b: _Side, found: _Found, tolerance: Tolerance) -> tuple[
         return "incomparable", f"incomparable: {reason}."
     if found.differing or found.only_a or found.only_b:
         in_force = f" {tolerance_text(tolerance, beyond=True)}" if tolerance != Tolerance() else ""
-        return "different", f"different{in_force}: {'; '.join(_differences(a, found))}."
+        return "different", f"different{in_force}: {'; '.join(_differences(a, found, tolerance))}."
     compared = f"{found.common} files" if a.is_folder else f"{found.in_common} tensors"
     return "identical", f"identical {tolerance_text(tolerance)}: {compared}."
 
 
-def _differences(a: _Side, found: _Found) -> Iterator[str]:
+def _differences(a: _Side, found: _Found, tolerance: Tolerance) -> Iterator[str]:
     if found.first is None:
         yield f"none of {found.common} common files"
     else:
         where = f"{found.differing} of {found.common} common files, first {found.first.name}: " if a.is_folder else ""
-        yield f"{where}{_pair_text(found.first)}"
+        yield f"{where}{_pair_text(found.first, tolerance)}"
     for side, names in (("a", found.only_a), ("b", found.only_b)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             yield f"only in {side}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _pair_text(pair: _FilePair) -> str:
+def _pair_text(pair: _FilePair, tolerance: Tolerance) -> str:
     differing = [tensor for tensor in pair.tensors if not tensor.equal]
     if not differing:
         return "the generator states, outside of their tensors"
-    return f"{len(differing)} of {len(pair.tensors)} tensors, first {differing[0].name} ({_tensor_text(differing[0])})"
+    first = _tensor_text(differing[0], explain=not tolerance.max_ulp)
+    return f"{len(differing)} of {len(pair.tensors)} tensors, first {differing[0].name} ({first})"
 
 
-def _tensor_text(tensor: TensorComparison) -> str:
+def _tensor_text(tensor: TensorComparison, *, explain: bool) -> str:
+    """What differs; ``explain`` where nothing before it has said what ULP are."""
     if tensor.difference == "dtype":
         return f"dtype {tensor.dtype_a} in a, {tensor.dtype_b} in b"
     if tensor.difference == "shape":
@@ -351,4 +353,6 @@ def _tensor_text(tensor: TensorComparison) -> str:
     if tensor.difference != "values":
         return tensor.difference
     apart = "" if tensor.largest_ulp is None else f", at most {tensor.largest_ulp} ULP apart"
+    if apart and explain:
+        apart += f"; {ULP}"
     return f"{tensor.beyond} of {tensor.elements} elements{apart}"

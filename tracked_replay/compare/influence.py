@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from tracked_replay.compare.result import EXIT_CODES, Difference, Verdict, _plain
+from tracked_replay.compare.result import EXIT_CODES, NOT_IN_FILE, Difference, Verdict, _plain
 from tracked_replay.errors import NumericalError
 from tracked_replay.replay import Target
 
@@ -17,6 +17,9 @@ TOP = 20  # most helpful examples of a target, and as many most harmful ones
 MOVED = 10  # examples listed for a target, by rank and by score
 LISTED = 6  # targets named one by one in a summary
 MAX_NAME = 24
+# Share of the largest score up to which a difference is called rounding; a matter of words, no verdict hangs on it.
+# float32 rounds a number by up to 6e-8 of it, and the errors of 10,000 terms add up to about a hundred times that.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,8 @@ class TargetComparison:
         harmful: overlap of the most harmful examples (the highest scores, above 0).
         moved_in_rank: examples among the most helpful or harmful of either run whose rank changed most.
         moved_in_score: examples whose score changed most.
+        same_ranking: whether every example has the same rank in both.
+        largest: largest difference of a score, as a share of the largest score of either run.
     """
 
     name: str
@@ -112,6 +117,8 @@ class TargetComparison:
     harmful: Overlap
     moved_in_rank: tuple[MovedExample, ...] = ()
     moved_in_score: tuple[MovedExample, ...] = ()
+    same_ranking: bool = field(default=True, metadata=NOT_IN_FILE)
+    largest: float = field(default=0.0, metadata=NOT_IN_FILE)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,16 @@ class InfluenceComparison:
     def exit_code(self) -> int:
         """0 identical, 1 different, 2 incomparable."""
         return EXIT_CODES[self.verdict]
+
+    @property
+    def closeness(self) -> str:
+        """How near different scores are to each other, a sentence without its full stop; empty where they are not."""
+        return _closeness(self.targets) if self.verdict == "different" else ""
+
+    @property
+    def only_rounding(self) -> bool:
+        """Whether scores differ, and none by more than rounding does."""
+        return self.verdict == "different" and _largest(self.targets) <= ROUNDING
 
     def to_json_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold; named tuples become objects."""
@@ -237,7 +254,15 @@ def _compare_target(a: InfluenceTable, row: int, b: InfluenceTable, other: int) 
         _overlap(*harmful),
         by_rank,
         by_score,
+        same_ranking=bool(np.array_equal(stats.rankdata(one), stats.rankdata(two))),
+        largest=_share_of_largest(one, two),
     )
+
+
+def _share_of_largest(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference over the largest score; scaled first, so that scores of any size have one."""
+    largest = max(np.abs(a).max(), np.abs(b).max())
+    return float(np.abs(a / largest - b / largest).max()) if largest else 0.0
 
 
 def _top(scores: np.ndarray, sign: int) -> np.ndarray:
@@ -299,14 +324,43 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def _largest(found: Sequence[TargetComparison]) -> float:
+    return max(target.largest for target in found)
+
+
+def _share_text(share: float) -> str:
+    return f"{share:.1g} of the largest score".replace("e-0", "e-")
+
+
+def _closeness(found: Sequence[TargetComparison]) -> str:
+    """The headline of scores that are near to each other; empty where they are not."""
+    largest = f"largest difference {_share_text(_largest(found))}"
+    same = all(target.same_ranking for target in found)
+    if _largest(found) <= ROUNDING:
+        if same:
+            return f"Same ranking; the scores differ only by rounding ({largest})"
+        return f"The scores differ only by rounding ({largest}), which moves a few ranks"
+    return f"Same ranking, but the scores differ ({largest})" if same else ""
+
+
+def _difference(found: Sequence[TargetComparison], examples: int) -> str:
+    """How many scores differ, and, where they are near to each other, by how much."""
+    of = f"{_count(examples, 'training example')} on {_count(len(found), 'target')}"
+    differing, total = sum(target.differing for target in found), examples * len(found)
+    counts = f"{differing:,} of {total:,} scores differ in their bits"
+    if not _closeness(found):
+        return f"Different: {counts} ({of})."
+    start = "Only rounding" if _largest(found) <= ROUNDING else "Same ranking, other scores"
+    return f"{start}: {counts}, by at most {_share_text(_largest(found))} ({of})."
+
+
 def _summary(found: Sequence[TargetComparison], examples: int, only_a: Sequence[str], only_b: Sequence[str]) -> str:
     equal = sum(not target.differing for target in found)
-    of = f"{_count(examples, 'training example')} on {_count(len(found), 'target')}"
     if equal == len(found):
+        of = f"{_count(examples, 'training example')} on {_count(len(found), 'target')}"
         sentences = [f"Identical bit for bit: the scores of {of}."]
     else:
-        scores, total = sum(target.differing for target in found), examples * len(found)
-        sentences = [f"Different: {scores:,} of {total:,} scores differ in their bits ({of})."]
+        sentences = [_difference(found, examples)]
         if equal:
             sentences.append(f"On {_count(equal, 'target')} all are equal.")
     constant = [target.name for target in found if target.spearman is None]

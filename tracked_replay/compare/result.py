@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple
 Verdict = Literal["identical", "different", "incomparable"]
 FirstDifference = Literal["data", "lr", "loss", "state"]
 EXIT_CODES: dict[Verdict, int] = {"identical": 0, "different": 1, "incomparable": 2}
+ULP = "neighbouring floating-point numbers are 1 ULP apart"  # for the first time that a text speaks of ULP
+NOT_IN_FILE = {"in_file": False}  # metadata of a field that is no part of the JSON file
+ASKED_FOR = ("seed", "config", "lr")  # causes that a config field is enough for
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,12 @@ class Comparison:
         """0 identical, 1 different, 2 incomparable."""
         return EXIT_CODES[self.verdict]
 
+    @property
+    def environment_matters(self) -> bool:
+        """Whether the environments may be why they differ: not where they do not, or where the config is enough."""
+        asked_for = self.causes and self.causes[0].name in ASKED_FOR and (self.config or self.seeds)
+        return self.verdict == "different" and not asked_for
+
     def to_json_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold; named tuples become objects."""
         value: dict[str, Any] = _plain(self)
@@ -206,7 +215,8 @@ class Comparison:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        kept = [item.name for item in dataclasses.fields(value) if item.metadata.get("in_file", True)]
+        return {name: _plain(getattr(value, name)) for name in kept}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
     if isinstance(value, list | tuple):

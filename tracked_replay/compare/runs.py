@@ -17,7 +17,7 @@ from tracked_replay.compare.causes import likely_causes
 from tracked_replay.compare.divergence import Divergence, find_divergence
 from tracked_replay.compare.facts import compare_facts, read_json
 from tracked_replay.compare.pair import ASPECTS, Pair, StatePair, naming
-from tracked_replay.compare.result import Comparison, Drift, TensorComparison, Tolerance, TraceDifference
+from tracked_replay.compare.result import ULP, Comparison, Drift, TensorComparison, Tolerance, TraceDifference
 from tracked_replay.compare.states import (
     StateSource,
     Unavailable,
@@ -81,8 +81,10 @@ def compare_recordings(
 
 
 def tolerance_text(tolerance: Tolerance, *, beyond: bool = False) -> str:
-    """A tolerance in words: ``bit for bit``, ``within 2 ULP, momentum/* left out``; ``beyond 2 ULP`` where asked."""
-    near = f"{'beyond' if beyond else 'within'} {tolerance.max_ulp} ULP" if tolerance.max_ulp else "bit for bit"
+    """A tolerance in words: ``bit for bit``, ``within 2 ULP (…), momentum/* left out``, or ``beyond 2 ULP (…)``."""
+    near = "bit for bit"
+    if tolerance.max_ulp:
+        near = f"{'beyond' if beyond else 'within'} {tolerance.max_ulp} ULP ({ULP})"
     return f"{near}, {_and(tolerance.ignore)} left out" if tolerance.ignore else near
 
 

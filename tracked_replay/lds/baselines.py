@@ -80,10 +80,12 @@ def baseline_scores(setup: TrainingSetup, recording: Recording, targets: Sequenc
     """Scores of every baseline, (targets, training examples) each."""
     trace, batch = recording.trace, setup.config.train.batch_size
     tracin = np.zeros((len(targets), setup.data.num_train))
-    for checkpoint in tracin_checkpoints(recording):
-        state = recording.state(checkpoint).to(setup.device)
-        tracin -= gradient_products(setup, state, targets, trace.learning_rates[checkpoint.step].tolist()) / batch
-    final = recording.state(recording.final).to(setup.device)
+    checkpoints = tracin_checkpoints(recording)
+    with recording.ahead([*checkpoints, recording.final]) as source:
+        for checkpoint in checkpoints:
+            state = source.state(checkpoint).to(setup.device)
+            tracin -= gradient_products(setup, state, targets, trace.learning_rates[checkpoint.step].tolist()) / batch
+        final = source.state(recording.final).to(setup.device)
     generator = np.random.default_rng(derive_component_seed(setup.config.seed, "baseline", "random"))
     return {
         "tracin": tracin,

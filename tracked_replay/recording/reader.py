@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -172,5 +173,7 @@ class Recording:
         if not isinstance(self._fetch, FetchAhead):
             yield self
             return
+        source = copy(self)  # with what was read of it before
         with self._fetch.ahead([checkpoint.file for checkpoint in checkpoints], cached=cached) as fetch:
-            yield Recording(fetch, self._identity)
+            source._fetch = fetch
+            yield source

@@ -3,7 +3,8 @@
 Native BatchNorm updates its running statistics outside autograd and refuses gradients with respect to them in eval
 mode, so the replay differentiates a copy of the model in which every BatchNorm gives them as functions of its input.
 In the copy BatchNorm, GELU, convolution and average pooling also have second derivatives that are cheaper than
-autograd's. It computes the same function, equal to rounding; no state is ever taken from it.
+autograd's, and weight normalisation has the right one. It computes the same function, equal to rounding; no state is
+ever taken from it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from tracked_replay.errors import ReplayError
 from tracked_replay.replay.derivatives import average_pool, batch_norm, convolution, gelu
@@ -136,8 +138,17 @@ class DifferentiableAvgPool2d(nn.AvgPool2d):
         )
 
 
-# Layers that only need to be faster stay the modules they are and get another forward pass. A subclass stays as it is.
-FASTER: dict[type[nn.Module], type[nn.Module]] = {
+class DifferentiableWeightNorm(_WeightNorm):
+    """Weight normalisation in operations whose second derivatives are right: torch's own for it is not."""
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        """As in the module it replaces."""
+        return weight_v * (weight_g / torch.norm_except_dim(weight_v, 2, self.dim))
+
+
+# Layers that stay the modules they are and get another forward pass. A subclass stays as it is.
+OTHER_FORWARD: dict[type[nn.Module], type[nn.Module]] = {
+    _WeightNorm: DifferentiableWeightNorm,
     nn.AvgPool2d: DifferentiableAvgPool2d,
     nn.Conv2d: DifferentiableConv2d,
     nn.GELU: DifferentiableGELU,
@@ -236,8 +247,8 @@ class DifferentiableModel:
                 _require_plain(module, name)
                 self._replaced[id(module)] = self._normalisations[name] = DifferentiableBatchNorm(module)
             return self._replaced[id(module)]
-        if type(module) in FASTER:
-            module.__class__ = FASTER[type(module)]
+        if type(module) in OTHER_FORWARD:
+            module.__class__ = OTHER_FORWARD[type(module)]
         for child_name, child in list(module._modules.items()):  # named_children() skips a layer's second name
             if child is not None:
                 setattr(module, child_name, self._replace(child, _join(name, child_name)))

@@ -26,6 +26,9 @@ _MAX_SUMMARY = 600
 _MAX_ROWS = 500
 _MAX_UNFOLDED = 8
 _MAX_TEXT_TENSORS = 8
+_NAMED = 3
+_PACKAGE = "packages.installed."
+_ULP = "units in the last place: steps between neighbouring floating-point numbers"
 _BEFORE_DIFFERENCE = 60
 _SYMBOLS = {"identical": "=", "different": "≠", "incomparable": "?"}
 _FIRST = {
@@ -206,10 +209,29 @@ def _sections(comparison: Comparison) -> list[_Section]:
     return [
         _Section("config", "Config", "Field", comparison.config),
         _Section("seeds", "Seeds", "Seed", comparison.seeds),
-        _Section("environment", "Environment", "Value", comparison.environment),
         _Section("generators", "Generator states", "File", comparison.generators),
         _Section("other", "Code, data and other", "Value", comparison.other),
+        _Section("environment", "Environment", "Value", comparison.environment),
     ]
+
+
+def environment_sentence(comparison: Comparison) -> str:
+    """What of the environments differs, in short: ``12 packages differ: a, b, c and 9 more; 2 other values differ: …``.
+
+    Empty where nothing does.
+    """
+    names = [value.name for value in comparison.environment]
+    packages = [name.removeprefix(_PACKAGE) for name in names if name.startswith(_PACKAGE)]
+    others = [name for name in names if not name.startswith(_PACKAGE)]
+    kinds = (("package", packages), ("other value" if packages else "value", others))
+    return "; ".join(_counted(noun, found) for noun, found in kinds if found)
+
+
+def _counted(noun: str, names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    count = f"{len(names):,} {noun} differs" if len(names) == 1 else f"{len(names):,} {noun}s differ"
+    listed = ", ".join(plain_text(name, 24) for name in names[:_NAMED])
+    return f"{count}: {listed}{f' and {more:,} more' if more > 0 else ''}"
 
 
 def _differing(tensors: Sequence[TensorComparison]) -> list[TensorComparison]:
@@ -263,7 +285,9 @@ def comparison_html(comparison: Comparison, figure_png: bytes | None, links: Map
         tolerated=tolerated,
         equal=[tensor for tensor in equal if tensor not in tolerated],
         first_tensors=[] if first == _differing(tensors) else first,
+        ulp=_ULP,
         sections=_sections(comparison),
+        environment_sentence=environment_sentence(comparison),
     )
 
 
@@ -306,6 +330,7 @@ def _text_tensors(comparison: Comparison) -> list[str]:
         f"{counts:42s} {'elements that differ':>26s} {'largest ULP':>13s} {'largest |a − b|':>15s}",
         *[_text_row(tensor) for tensor in differing[:_MAX_TEXT_TENSORS]],
         *([f"  and {more:,} more"] if more > 0 else []),
+        *([] if comparison.tolerance.max_ulp else [f"  ULP, {_ULP}"]),
     ]
 
 
@@ -343,16 +368,21 @@ def _text_names(label: str, names: Sequence[str]) -> list[str]:
 def comparison_text(comparison: Comparison) -> str:
     """Return a comparison for the terminal: at most 26 lines of at most 100 characters, plain text."""
     trace = [f"{item.column} from step {item.step:,} on" for item in comparison.trace]
+    tolerance = comparison.tolerance
+    # Of max_ulp the summary says what ULP are, which else takes a line below the tensors.
+    said = wrapped(tolerance_sentence(tolerance), 2 if tolerance.max_ulp else 1)
     lines = [
         comparison_headline(comparison),
         *(f"{side}: {plain_text(name, COLUMNS - 3)}" for side, name in (("A", comparison.a), ("B", comparison.b))),
         *wrapped(comparison.summary, 2),
-        *([] if _is_exact(comparison.tolerance) else wrapped(tolerance_sentence(comparison.tolerance), 2)),
+        *([] if _is_exact(tolerance) else said),
         *_text_first(comparison),
         *_text_causes(comparison.causes),
         *_text_tensors(comparison),
         *_text_names("batch trace", trace),
     ]
-    for section in _sections(comparison):
+    for section in _sections(comparison)[:-1]:
         lines += _text_names(section.heading.lower(), [value.name for value in section.values])
+    if comparison.environment:
+        lines += wrapped(f"environment: {environment_sentence(comparison)}", 1)
     return "\n".join(lines)

@@ -155,7 +155,7 @@ def influence_comparison_html(
         links,
         comparison=comparison,
         headline=influence_comparison_headline(comparison),
-        symbol=_SYMBOLS[comparison.verdict],
+        symbol="≈" if comparison.only_rounding else _SYMBOLS[comparison.verdict],
         summary=shown(comparison.summary, _MAX_SUMMARY),
         image=None if figure_png is None else base64.b64encode(figure_png).decode("ascii"),
         correlation=_correlation,
@@ -193,6 +193,7 @@ def _text_targets(comparison: InfluenceComparison) -> list[str]:
         *rows,
         *([f"  and {more:,} more"] if more > 0 else []),
         _text_row("mean", "", *means, _percent(comparison.top_overlap), "(both)"),
+        "  Spearman: correlation of the ranks, Pearson: of the scores; 1 where they go together",
         "  helpful, harmful: how many of the most helpful and most harmful examples both runs have",
     ]
 
@@ -213,8 +214,8 @@ def _text_moved(comparison: InfluenceComparison, label_names: Sequence[str]) -> 
 
 
 def influence_comparison_headline(comparison: InfluenceComparison) -> str:
-    """Return the verdict as one plain sentence."""
-    return _HEADLINES[comparison.verdict]
+    """Return the verdict as one plain sentence; of scores that differ, how near they are."""
+    return f"{comparison.closeness}." if comparison.closeness else _HEADLINES[comparison.verdict]
 
 
 def influence_comparison_text(comparison: InfluenceComparison, label_names: Sequence[str]) -> str:

@@ -84,6 +84,7 @@ class Cleaned:
         downstream: the runs that need them.
         retrainings: files of its retrainings, which are removed with it.
         here: copies of its states in this machine's cache, and what an interruption left there; paths inside the cache.
+        refused: after a dry run, the sentence with which the removal would be refused; empty where it would not be.
     """
 
     run_id: str
@@ -92,6 +93,7 @@ class Cleaned:
     downstream: tuple[Reader, ...] = ()
     retrainings: tuple[RunFiles, ...] = ()
     here: tuple[StoredFile, ...] = ()
+    refused: str = ""
 
     @property
     def count(self) -> int:
@@ -139,7 +141,7 @@ def run_clean(run_id: str, what: str, *, dry_run: bool = False, force: bool = Fa
         run_id: a run of any stage that has ended, however it did.
         what: kinds of artifacts joined by commas: ``checkpoints``, ``trace``, ``scores``, ``figures``, ``lds`` (and
             the artifacts of the run's retrainings), ``all`` (likewise).
-        dry_run: find what would be removed, and remove nothing.
+        dry_run: find what would be removed and whether that would be refused, and remove nothing.
         force: remove even what other runs need.
 
     Returns:
@@ -147,7 +149,8 @@ def run_clean(run_id: str, what: str, *, dry_run: bool = False, force: bool = Fa
 
     Raises:
         ConfigError: an unknown kind.
-        RunError: no such run, a run that has not ended, or, without ``force``, one whose files others need.
+        RunError: no such run, a run that has not ended, or, without ``force`` and ``dry_run``, one whose files others
+            need.
         RecordingError: an artifact is a link, or the store cannot remove it.
     """
     kinds = parse_what(what)
@@ -158,15 +161,17 @@ def run_clean(run_id: str, what: str, *, dry_run: bool = False, force: bool = Fa
     downstream = _downstream(parts[0]) if parts else ()
     for part in parts:
         part.run.require_removable(part.paths)
+    refused = _still_needed(parts[0], downstream) if downstream and not force else None
+    if refused and not dry_run:
+        raise refused
     if parts and not dry_run:
-        if downstream and not force:
-            raise _still_needed(parts[0], downstream)
         _remove(parts)
     if here and not dry_run:
         run.remove_here(waiting=waiting)
     retrainings = tuple(RunFiles(part.run.run_id, part.files) for part in parts[1:])
     files = parts[0].files if parts else ()
-    return Cleaned(run.run_id, files, bool(parts or here) and not dry_run, downstream, retrainings, here)
+    removed = bool(parts or here) and not dry_run
+    return Cleaned(run.run_id, files, removed, downstream, retrainings, here, str(refused or ""))
 
 
 def _parts(run: EndedRun, kinds: Sequence[str]) -> list[_Part]:
@@ -252,6 +257,8 @@ def describe(cleaned: Cleaned) -> str:
         noun = "file " if count == 1 else "files"
         lines.append(f"  {name:{width}}  {count:5d} {noun}  {tqdm.format_sizeof(size, 'B', 1000):>6}")
     lines += [f"{'was' if cleaned.removed else 'is'} needed by {_shown(reader)}" for reader in cleaned.downstream]
+    if cleaned.refused:
+        lines.append(f"would be refused: {cleaned.refused}")
     return "\n".join(lines) + "\n"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +26,8 @@ from tracked_replay.compare import (
     compare_recordings,
     retrained_states,
 )
+from tracked_replay.compare.pair import naming
+from tracked_replay.compare.runs import require_whole
 from tracked_replay.errors import ConfigError, RunError, TrackedReplayError
 from tracked_replay.progress import progress
 from tracked_replay.recording import Recording, write_json, write_text
@@ -44,6 +48,7 @@ SIDES = ascii_uppercase[:MOST_RUNS]
 DESCRIBED = 10  # pairs in the description
 CHECKED = "Every recorded file was read and is undamaged."
 UNREAD = "All digests of states agree; the checkpoint files themselves were not read (check_files reads them)."
+SAME_RUN = "The same run was given twice; it is identical to itself"
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -121,14 +126,36 @@ def run_compare(
     if any(paths) and not (all(paths) and len(sides) == 2):
         raise ConfigError(f"run_a, run_b: found {run_a!r} and {run_b!r}; allowed: run IDs only, or two paths")
     if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
+        make_output(output)
     if any(paths):
         compared = Compared(None, tuple(sides), {(0, 1): compare_paths(Path(sides[0]), Path(sides[1]), tolerance)})
     else:
         compared = _compare_runs(sides, tolerance, check_files, data_root)
     if output:
-        write_comparison(Path(output), compared, {})
+        with output_errors(output):
+            write_comparison(Path(output), compared, {})
     return compared
+
+
+def make_output(output: str) -> None:
+    """Make the folder that gets a comparison too. Raises ConfigError where that is not possible."""
+    with output_errors(output):
+        Path(output).mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextmanager
+def output_errors(output: str) -> Iterator[None]:
+    """Say of a file that cannot be written that it is the output folder that has to be another one."""
+    try:
+        yield
+    except OSError as error:
+        where = f": {error.filename}" if error.filename not in (None, output) else ""
+        raise ConfigError(
+            f"output: found {output!r}, which cannot be written ({error.strerror or error}{where}); allowed: a folder "
+            f"that can be made and written to"
+        ) from None
 
 
 def _split(text: str) -> list[str]:
@@ -164,12 +191,15 @@ def _compare_runs(sides: Sequence[str], tolerance: Tolerance, check_files: bool,
     title = f"compare · {len(runs)} runs" if len(runs) > 2 else f"compare · {runs[0][:8]} · {runs[1][:8]}"
     recordings = {run_id: open_recording(run_id) for run_id in runs}
     with stage_run(names.COMPARE, identity, title, inputs) as run:
+        if check_files:
+            for run_id, recording in progress(list(recordings.items()), len(recordings), "check files", "run"):
+                with naming(run_id):
+                    require_whole(recording)
         pairs = list(combinations(range(len(runs)), 2))
         comparisons = {}
         for row, column in progress(pairs, len(pairs), "compare", "pair"):
             a, b = runs[row], runs[column]
-            check_now = check_files and row == 0  # the first run's pairs have every run
-            found = compare_two(recordings[a], recordings[b], (a, b), tolerance, data_root, check_files=check_now)
+            found = compare_two(recordings[a], recordings[b], (a, b), tolerance, data_root)
             comparisons[row, column] = _noted(found, check_files)
         compared = Compared(run.run_id, tuple(runs), comparisons)
         log_comparison(run, compared)
@@ -182,21 +212,21 @@ def compare_two(
     runs: tuple[str, str],
     tolerance: Tolerance,
     data_root: str | None = None,
-    *,
-    check_files: bool = False,
 ) -> Comparison:
     """Compare two recordings; steps between two checkpoints are taken again where that is needed and possible here."""
     if runs[0] == runs[1]:
-        summary = "The same run was given twice; it is identical to itself, and nothing was compared."
+        summary = f"{SAME_RUN}, and nothing was compared."
         return Comparison(*runs, "identical", summary, tolerance, steps_a=a.trace.steps, steps_b=b.trace.steps)
     sources = (_states(a, data_root), _states(b, data_root))
-    return compare_recordings(a, b, runs, tolerance, sources, check_files=check_files)
+    return compare_recordings(a, b, runs, tolerance, sources)
 
 
 def _noted(found: Comparison, check_files: bool) -> Comparison:
     """Say of runs whose digests all agree whether their checkpoints were read."""
+    if found.a == found.b:
+        return replace(found, summary=f"{SAME_RUN}. {CHECKED}") if check_files else found
     agree = found.verdict == "identical" and not any(row.column == "state_digest" for row in found.trace)
-    if not agree or found.a == found.b:
+    if not agree:
         return found
     return replace(found, summary=f"{found.summary} {CHECKED if check_files else UNREAD}")
 
@@ -243,7 +273,8 @@ def log_comparison(
             run.metric("first_divergent_step", comparison.first_divergent_step)
         run.metric("tensors/differing", sum(not tensor.equal for tensor in comparison.tensors))
     next_command = next_command or f"tracked-replay reproduce --run-id {compared.names[0]}"
-    run.describe(_description(compared, links, next_command))
+    look = run.link(PAGE if len(compared.names) == 2 else MATRIX_PAGE)
+    run.describe(_description(compared, links, look, next_command))
     with tempfile.TemporaryDirectory(prefix="tracked-replay-compare-") as folder:
         root = Path(folder)
         write_comparison(root, compared, links)
@@ -252,9 +283,9 @@ def log_comparison(
         publish(run, root)
 
 
-def _description(compared: Compared, links: Mapping[str, str], next_command: str) -> str:
+def _description(compared: Compared, links: Mapping[str, str], look: str, next_command: str) -> str:
     sides = [f"- {side}: [{name}]({links[name]})" for side, name in zip(SIDES, compared.names, strict=False)]
-    look = f"- to look at: `{PAGE if len(sides) == 2 else MATRIX_PAGE}` among the artifacts"
+    look = f"- to look at: {look} among the artifacts"
     first = [*_pair(compared.comparisons[0, 1])] if len(sides) == 2 else [*_pairs(compared)]
     # The first lines are what MLflow shows before "Show more".
     return "\n\n".join([*first, "\n".join([*sides, look, f"- next: `{next_command}`"])]) + "\n"

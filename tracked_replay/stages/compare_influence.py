@@ -22,6 +22,7 @@ from tracked_replay.compare.pair import naming
 from tracked_replay.errors import TrackedReplayError
 from tracked_replay.recording import Recording, write_json, write_text
 from tracked_replay.recording.files import write_bytes
+from tracked_replay.stages.compare import CHECKED, make_output, output_errors
 from tracked_replay.stages.influence import Influence
 from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.train import DATA, open_recording
@@ -143,7 +144,7 @@ def run_compare_influence(
         TrackedReplayError: one clear sentence about why they cannot be compared.
     """
     if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
+        make_output(output)
     sides = (_Side.open(run_a.strip(), "run_a"), _Side.open(run_b.strip(), "run_b"))
     runs = [side.influence.run_id for side in sides]
     inputs = dict(zip(("run_a", "run_b"), runs, strict=True))
@@ -156,6 +157,8 @@ def run_compare_influence(
         for side in sides if check_files else ():
             side.check_files()
         comparison = _compare(*sides)
+        if check_files:
+            comparison = replace(comparison, summary=f"{comparison.summary} {CHECKED}")
         compared = ComparedInfluence(run.run_id, comparison, tuple(sides[0].data["label_names"]))
         figure = _figure(sides, comparison)
         pictures = _pictures(sides[0], comparison, data_root)
@@ -164,7 +167,8 @@ def run_compare_influence(
         _log(run, compared, links)
         publish(run, Path(folder))
     if output:
-        _write(Path(output), compared, figure, pictures, {})
+        with output_errors(output):
+            _write(Path(output), compared, figure, pictures, {})
     return compared
 
 
@@ -262,17 +266,17 @@ def _log(run: StageRun, compared: ComparedInfluence, links: dict[str, str]) -> N
     rows = _moved_rows(compared)
     if rows["target"]:
         run.table(rows, TABLE)
-    run.describe(_description(compared, links))
+    run.describe(_description(compared, links, run.link(PAGE)))
 
 
-def _description(compared: ComparedInfluence, links: Mapping[str, str]) -> str:
+def _description(compared: ComparedInfluence, links: Mapping[str, str], look: str) -> str:
     found = compared.comparison
     sides = [("A", found.a, found.training_a), ("B", found.b, found.training_b)]
     lines = [
         f"- {side}: [{name}]({links[name]}), of the training run [{training}]({links[training]})"
         for side, name, training in sides
     ]
-    lines += [f"- to look at: `{PAGE}` among the artifacts", f"- next: `{compared.next_command}`"]
+    lines += [f"- to look at: {look} among the artifacts", f"- next: `{compared.next_command}`"]
     # The first lines are what MLflow shows before "Show more".
     head = f"**{report.influence_comparison_headline(found)}** {report.markdown_text(found.summary)}"
     return "\n\n".join([head, report.markdown_text(found.training), "\n".join(lines)]) + "\n"

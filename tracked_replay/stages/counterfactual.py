@@ -40,6 +40,7 @@ OUTCOMES = "counterfactual/outcomes.parquet"
 WEIGHTS = "counterfactual/weights.parquet"
 TARGETS_FILE = "counterfactual/targets.json"
 SHOWN = 50  # targets in the description
+MANY_TIMES = 10  # of what happened: above, a share in percent is hard to read
 INDEX = r"-?\d{1,18}"  # more digits name no example, and int() refuses thousands of them
 REMOVE_FORMS = "indices (3,17,40-49), the path of a file with one index a line, or harmful:K@TARGET, helpful:K@TARGET"
 WEIGHT_FORMS = "index=weight pairs such as 3=0,17=2.5, or the path of a JSON file {index: weight}"
@@ -72,6 +73,7 @@ def parse_remove(text: str, num_train: int, influence: Influence | None) -> dict
     if ranked:
         return _ranked(ranked[1], int(ranked[2]), ranked[3].strip(), influence)
     content = None if re.fullmatch(r"[\d\s,-]*", text) else _file_content("remove", text)
+    content = None if content is None else re.sub(r"#.*", "", content)  # suspects/top.txt says what each example is
     indices: list[int] = []
     for item in text.split(",") if content is None else content.split():
         span = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", item, re.ASCII)
@@ -222,7 +224,7 @@ def _counterfactual_stage(
     force: bool,
     may_point: bool,
 ) -> Outcome:
-    title = f"counterfactual · {problem.task.name} · {examples_in_words(len(weights))}"
+    title = f"counterfactual · {examples_in_words(len(weights))} · {problem.task.name}"
     train_run_id = influence.train_run_id if influence else train_run_id
     influence = influence or matching_influence(problem, targets, train_run_id)
     if influence is not None:
@@ -274,7 +276,7 @@ def _conclude(problem: Problem, influence: Influence, job: RetrainingJob, actual
         write_aside(root / OUTCOMES, lambda temporary: pq.write_table(table, temporary))
         write_aside(root / WEIGHTS, lambda temporary: pq.write_table(changed, temporary))
         write_json(root / TARGETS_FILE, [target.to_json_dict() for target in influence.targets])
-        heading = f"{problem.task.name}: {len(job.indices)} examples with another weight"
+        heading = f"{problem.task.name}: {examples_in_words(len(job.indices))} with another weight"
         save_figure(
             root, "counterfactual", report.counterfactual_figure(names_of, recorded, predicted, actual, heading)
         )
@@ -284,28 +286,91 @@ def _conclude(problem: Problem, influence: Influence, job: RetrainingJob, actual
             run.metric("change_by_target/actual", actual[place] - recorded[place], place)
         run.metric("mean_absolute/actual_change", np.abs(actual - recorded).mean())
         run.metric("mean_absolute/prediction_error", np.abs(actual - predicted).mean())
-        run.describe(_description(problem, influence, job, predicted, actual))
+        run.describe(_description(problem, influence, job, predicted, actual, run.link("figures/counterfactual.png")))
         publish(run, root)
 
 
 def _description(
-    problem: Problem, influence: Influence, job: RetrainingJob, predicted: np.ndarray, actual: np.ndarray
+    problem: Problem, influence: Influence, job: RetrainingJob, predicted: np.ndarray, actual: np.ndarray, look: str
 ) -> str:
     change, error = np.abs(actual - influence.measurements).mean(), np.abs(actual - predicted).mean()
+    names_of = [target.name for target in influence.targets]
+    found = conclusion(job.weights, names_of, influence.measurements, predicted, actual)
     lines = ["| target | recorded | predicted | actual |", "|---|---|---|---|"]
     columns = zip(influence.targets, influence.measurements, predicted, actual, strict=True)
     for target, recorded, one, other in list(columns)[:SHOWN]:
-        lines.append(f"| {target.name} | {recorded:.6g} | {one:.6g} | {other:.6g} |")
+        lines.append(f"| {_markdown(target.name)} | {recorded:.6g} | {one:.6g} | {other:.6g} |")
     # The first lines are what MLflow shows before "Show more".
     return (
-        f"{report.markdown_text(problem.task.name)} retrained {weights_in_words(job)}. The measurement of the "
-        f"targets changes by {change:.3g} in the mean (absolute); the scores predict it up to {error:.3g}.\n\n"
+        f"{_markdown(found)} In the mean over the targets the measurement changes by {change:.3g} (absolute); the "
+        f"scores predict it up to {error:.3g}.\n\n"
+        f"{_markdown(problem.task.name)} retrained {weights_in_words(job)}.\n\n"
         + "\n".join(lines)
         + f"\n\n- training run: [{influence.train_run_id}]({ui_path(influence.train_run_id)})\n"
         f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})\n"
-        f"- to look at: `figures/counterfactual.png` among the artifacts; the weights are in `{WEIGHTS}`\n"
+        f"- to look at: {look} among the artifacts; the weights are in `{WEIGHTS}`\n"
         f"- next, the same for random subsets: `tracked-replay lds --magic-run-id {influence.run_id}`\n"
     )
+
+
+def _markdown(text: str) -> str:
+    """Text from outside, literal and on one line: a line break would end a table's row."""
+    return report.markdown_text(_one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def conclusion(
+    weights: np.ndarray, names_of: Sequence[str], recorded: np.ndarray, predicted: np.ndarray, actual: np.ndarray
+) -> str:
+    """What the retraining did to the targets and what the scores had predicted, as one sentence.
+
+    Args:
+        weights: (examples,) of those with another weight than 1.
+        names_of: a name a target.
+        recorded: (targets,) measurements of the recorded run.
+        predicted: (targets,) what the scores predict.
+        actual: (targets,) what retraining gave.
+    """
+    done = "Reweighting" if weights.any() else "Removing"
+    examples = "this example" if len(weights) == 1 else f"these {len(weights)} examples"
+    happened, expected = actual - recorded, predicted - recorded
+    if len(names_of) == 1:
+        return f"{done} {examples} {_one_change(names_of[0], float(happened[0]), float(expected[0]))}."
+    return f"{done} {examples} {_changes(names_of, happened, expected)}."
+
+
+def _one_change(name: str, happened: float, expected: float) -> str:
+    if happened == 0:
+        said = ", as the scores predicted" if expected == 0 else f"; the scores predicted {_move(expected)}"
+        return f"did not change the measurement of target {name}{said}"
+    did = f"{'raised' if happened > 0 else 'lowered'} the measurement of target {name} by {abs(happened):.3g}"
+    if expected == 0:
+        return f"{did}; the scores predicted no change"
+    if (expected > 0) != (happened > 0):
+        return f"{did}; the scores predicted the opposite, {_move(expected)}"
+    share = expected / happened
+    times = f"{share:.0%} of" if share < MANY_TIMES else f"{share:.3g} times"
+    return f"{did}; the scores predicted {abs(expected):.3g} ({times} what happened)"
+
+
+def _changes(names_of: Sequence[str], happened: np.ndarray, expected: np.ndarray) -> str:
+    if not happened.any() and not expected.any():
+        return f"changed the measurement of none of the {len(names_of)} targets, as the scores predicted"
+    right = int((np.sign(happened) == np.sign(expected)).sum())
+    deviations = np.abs(happened - expected)
+    worst = int(deviations.argmax())
+    return (
+        f"moved the measurement of {right} of {len(names_of)} targets the way that the scores predicted; they are "
+        f"furthest off at target {names_of[worst]}, by {deviations[worst]:.3g}: {_move(float(happened[worst]))}, "
+        f"predicted {_move(float(expected[worst]))}"
+    )
+
+
+def _move(change: float) -> str:
+    return "no change" if change == 0 else f"a {'rise' if change > 0 else 'fall'} of {abs(change):.3g}"
 
 
 def read_counterfactual(run_id: str) -> Counterfactual:
@@ -317,18 +382,27 @@ def read_counterfactual(run_id: str) -> Counterfactual:
 
 
 def headlines(run_id: str) -> list[str]:
-    """What a finished ``counterfactual`` run found, a line a target. Raises RunError, RecordingError."""
+    """What a finished ``counterfactual`` run found: a line a target, then :func:`conclusion`.
+
+    Raises:
+        RunError: no such finished run.
+        RecordingError: a file is missing or damaged.
+    """
     run = resolve(run_id, names.COUNTERFACTUAL, "run_id")
     recording = Recording(artifacts_of(run.info.run_id), tag_of(run, names.DIGESTS) or "")
     with recording.open(OUTCOMES) as path:
-        rows = pq.read_table(path).to_pylist()
+        outcomes = pq.read_table(path)
+    with recording.open(WEIGHTS) as path:
+        weights = pq.read_table(path)["weight"].to_numpy()
     with recording.open(TARGETS_FILE) as path:
         targets = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        f"target {target['name']}: recorded {row['recorded']:.6g}, predicted {row['predicted']:.6g}, "
-        f"actual {row['actual']:.6g}"
-        for target, row in zip(targets, rows, strict=True)
+    names_of = [_one_line(target["name"]) for target in targets]
+    lines = [
+        f"target {name}: recorded {row['recorded']:.6g}, predicted {row['predicted']:.6g}, actual {row['actual']:.6g}"
+        for name, row in zip(names_of, outcomes.to_pylist(), strict=True)
     ]
+    columns = [outcomes[name].to_numpy() for name in ("recorded", "predicted", "actual")]
+    return [*lines, conclusion(weights, names_of, *columns)]
 
 
 def counterfactual(

@@ -29,7 +29,7 @@ from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import Target, combine, parse_targets
 from tracked_replay.stages.equality import equality
 from tracked_replay.stages.influence import Influence
-from tracked_replay.stages.lds_result import conclude
+from tracked_replay.stages.lds_result import conclude, headlines
 from tracked_replay.stages.magic import (
     REPLAY_SECTIONS,
     checked_setup,
@@ -43,7 +43,7 @@ from tracked_replay.stages.problem import Problem, publish, task_errors
 from tracked_replay.stages.retrainings import retrain_all
 from tracked_replay.stages.train import SECTIONS as TRAIN_SECTIONS
 from tracked_replay.stages.train import Outcome, log_problem, open_recording, reuse
-from tracked_replay.tracking import StageRun, find_finished, names, resolve, stage_run
+from tracked_replay.tracking import StageRun, find_finished, names, note_validation, resolve, stage_run
 from tracked_replay.training import TrainingSetup, evaluate, set_up
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _lds_stage(
     may_point: bool,
 ) -> Outcome:
     config = problem.config.lds
-    title = f"lds · {problem.task.name} · drop {config.drop} · {config.subsets} subsets"
+    title = f"lds · {problem.task.name} · {_shares(config.drop)} × {config.subsets}"
     subsets = checked_subsets(problem)
     executor = make_executor(config.executor, config.workers)
     mode = problem.config.train.reproducibility
@@ -116,7 +116,13 @@ def _lds_stage(
         run.identify(_fingerprint(problem, influence))
         recording = open_recording(influence.train_run_id)
         _lds(problem, checked_setup(problem, recording), recording, influence, subsets, executor, run, force=force)
-        return Outcome(run.run_id, reused=False)
+    note_validation(influence.run_id, run.run_id, "; ".join(headlines(run.run_id)))
+    return Outcome(run.run_id, reused=False)
+
+
+def _shares(drop: str) -> str:
+    """``1, 5 %``: in a list of runs the UI shows some 18 letters of a name."""
+    return f"{', '.join(f'{100 * share:.3g}' for share in parse_drop(drop))} %"
 
 
 def checked_subsets(problem: Problem) -> list[Subset]:

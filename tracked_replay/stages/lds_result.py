@@ -30,7 +30,7 @@ from tracked_replay.lds.metasmoothness import sentence
 from tracked_replay.recording import Recording, write_aside, write_json
 from tracked_replay.replay import Target, combine
 from tracked_replay.stages.influence import Influence
-from tracked_replay.stages.influence_report import write_lds_report
+from tracked_replay.stages.influence_report import PAGE, write_lds_report
 from tracked_replay.stages.problem import Problem
 from tracked_replay.stages.train import save_figure
 from tracked_replay.tracking import StageRun, artifacts_of, names, resolve, tag_of, ui_path
@@ -274,7 +274,9 @@ def _describe(
         f"**LDS {found.mean:.3f}** [{found.low:.3f}, {found.high:.3f}] with {drop:.3g} of the training examples of "
         f"{report.markdown_text(problem.task.name)} removed: how well the scores predict what retraining without a "
         f"random subset does (Spearman correlation over subsets, mean over {targets} target{'s' * (targets != 1)}, "
-        f"{confidence} bootstrap interval over subsets).\n\n" + "\n".join(lines) + "\n"
+        f"{confidence} bootstrap interval over subsets): [open the report]({ui_path(run.run_id, PAGE)}).\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
     if smoothness is not None:
         text += f"\n{sentence(smoothness)}\n"
@@ -282,7 +284,7 @@ def _describe(
         text += "\nThe scores are tagged inexact.\n"
     train_run_id = influence.train_run_id
     text += (
-        f"\n- to look at: `report/index.html` among the artifacts, and `figures/lds-scatter-{drop:g}.png`\n"
+        f"\n- to look at: `{PAGE}` among the artifacts, and `figures/lds-scatter-{drop:g}.png`\n"
         f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
         f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {train_run_id}`\n"

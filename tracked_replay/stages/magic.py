@@ -45,6 +45,7 @@ from tracked_replay.replay.scores import INFLUENCE, PER_STEP, TARGETS
 from tracked_replay.replay.states import choose_plan, require_budget
 from tracked_replay.stages.along_training import log_along_training
 from tracked_replay.stages.influence_report import (
+    PAGE,
     SHOWN_OF_A_MEAN,
     extremes,
     key_of,
@@ -422,20 +423,21 @@ def _description(
     mode: str,
     exact: bool,
 ) -> str:
-    kind = "Exact influence" if exact else "**Inexact** influence (clipping was on)"
-    lines = ["| target | measurement | helps most | harms most |", "|---|---|---|---|"]
+    kind = "**Exact influence**" if exact else "**Inexact influence** (clipping was on)"
+    lines = ["| target | label | measurement | helps most | harms most |", "|---|---|---|---|---|"]
     for (target, value), found in zip(values[:DESCRIBED], scores, strict=False):
         sides = (_in_words(problem, side, found) for side in extremes(found, 1))
-        lines.append(f"| {target.name} | {value:.6g} | {' | '.join(sides)} |")
+        lines.append(f"| {target.name} | {_label_of(problem, target)} | {value:.6g} | {' | '.join(sides)} |")
     if len(values) > DESCRIBED:
-        lines.append(f"| … | {len(values) - DESCRIBED} more | | |")
+        lines.append(f"| … | {len(values) - DESCRIBED} more | | | |")
     # The first lines are what MLflow shows before "Show more".
     return (
         f"{kind} of each of the {problem.data.num_train} training examples of "
-        f"{report.markdown_text(problem.task.name)} on {len(values)} target{'s' * (len(values) != 1)}. A positive "
-        f"score means that the example raises the measurement (for a loss: it harms).\n\n"
+        f"{report.markdown_text(problem.task.name)} on {len(values)} target{'s' * (len(values) != 1)}: "
+        f"[open the report]({ui_path(run_id, PAGE)}). A positive score means that the example raises the measurement "
+        f"(for a loss: it harms).\n\n{names.HELD} not yet.\n\n"
         + "\n".join(lines)
-        + f"\n\n- to look at: `report/index.html` among the artifacts; under *Model metrics* "
+        + f"\n\n- to look at: `{PAGE}` among the artifacts; under *Model metrics* "
         f"`target-{key_of(values[0][0])}-along-training`: the strongest examples so far, with a slider over the "
         f"training's steps, below the parameters that MLflow puts into the same tile\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
@@ -445,13 +447,24 @@ def _description(
     )
 
 
+def _label_of(problem: Problem, target: Target) -> str:
+    """What a target is labelled, in a cell of a Markdown table."""
+    if len(target.indices) > 1:
+        return f"{len(target.indices)} examples"
+    return _cell(problem.task.label_names[int(problem.data.evaluation.labels[target.indices[0]])])
+
+
+def _cell(label: str) -> str:
+    return report.markdown_text(report.plain_text(label, 60))
+
+
 def _in_words(problem: Problem, strongest: np.ndarray, scores: np.ndarray) -> str:
     """The strongest example of a side, in a cell of a Markdown table."""
     if not len(strongest):
         return "none"
     index = int(strongest[0])
-    label = report.markdown_text(report.plain_text(problem.task.label_names[int(problem.data.train.labels[index])], 60))
-    return f"#{index} ({label}) {scores[index]:+.3g}"
+    label = problem.task.label_names[int(problem.data.train.labels[index])]
+    return f"#{index} ({_cell(label)}) {scores[index]:+.3g}"
 
 
 def require_fields(pairs: Mapping[str, Any], sections: Sequence[str], parameter: str, run_id: str) -> None:

@@ -12,6 +12,7 @@ from tracked_replay.recording import write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import parse_targets, require_budget
 from tracked_replay.stages.influence import Influence
+from tracked_replay.stages.influence_report import PAGE
 from tracked_replay.stages.lds import checked_subsets, lds_stage
 from tracked_replay.stages.magic import magic_stage
 from tracked_replay.stages.parameters import LDS_TARGETS
@@ -78,7 +79,7 @@ def _description(problem: Problem, targets: int, found: Mapping[str, float], lin
         f"influence of its {problem.data.num_train} training examples on {targets} target{'s' * (targets != 1)}, and "
         "how well that predicts retraining.\n",
         *(f"- {what}: [{run_id}]({ui_path(run_id)})" for what, run_id in links.items()),
-        "- to look at: `report/index.html` among the artifacts of the validation",
+        f"- to look at: [the report]({ui_path(links['validation'], PAGE)}), `{PAGE}` of the validation",
         f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {links['training']}`",
     ]
     return "\n".join(lines) + "\n"

@@ -69,7 +69,7 @@ def run_reproduce(run_id: str, *, data_root: str | None = None) -> Reproduced:
     identity = problem.fingerprint(names.REPRODUCE, SECTIONS, inputs)
     with stage_run(names.REPRODUCE, identity, f"reproduce · {problem.task.name} · {run_id[:8]}", inputs) as run:
         log_problem(problem, run)
-        again = train_stage(problem, force=True).run_id
+        again = train_stage(problem, force=True, reproduces=run_id).run_id
         run.tag({f"{names.INPUT}reproduced_run_id": again})
         return _certify(run, run_id, again, fingerprint, data_root)
 

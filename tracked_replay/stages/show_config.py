@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tracked_replay.config import Config, allowed, field_info
+from tracked_replay.errors import ConfigError
 
 
 def describe(config: Config) -> str:
     """The config as TOML, each field with its meaning and what it allows.
 
-    The text is a complete preset file: saved under a name that ends in ``.toml`` it can be given as ``preset``.
+    The text is a complete preset file: saved under a name that ends in ``.toml`` it can be given as ``preset``. In such
+    a file ``data.root`` may be empty.
+
+    Raises:
+        ConfigError: ``data.root`` is given, but is no folder that holds the task's data.
+        DataError: torchvision, which knows what the folder must hold, cannot be imported.
     """
+    _require_data_root(config)
     lines: list[str] = []
     section = ""
     toml = dict(line.split(" = ", 1) for line in _plain_lines(config))
@@ -20,6 +29,19 @@ def describe(config: Config) -> str:
             section = group
         lines.append(f"{field} = {toml[name]}  # {field_info(name).description}; allowed: {allowed(name)}")
     return "\n".join(lines) + "\n"
+
+
+def _require_data_root(config: Config) -> None:
+    """Refuse a folder that a training would refuse, in its words. The data themselves are not read."""
+    if config.data.task != "cifar10" or not config.data.root or config.data.download:
+        return
+    # Imported here: other configs are shown without torch, which takes seconds to load.
+    from tracked_replay.tasks._cifar10 import _diagnosis, _torchvision_cifar10
+
+    dataset_class, root = _torchvision_cifar10(), Path(config.data.root).expanduser()
+    if not (root / dataset_class.base_folder).is_dir():
+        why = _diagnosis(dataset_class, root, RuntimeError("Dataset not found"))
+        raise ConfigError(f"data.root: found {config.data.root!r}; {why}")
 
 
 def _plain_lines(config: Config) -> list[str]:

@@ -126,7 +126,8 @@ def _suspects(
     log_problem(problem, run)
     chosen = choose_checkpoints(recording, checkpoints)
     shown = progress(iter(chosen), len(chosen), "rank", "state")
-    suspicion = rank_examples(setup, recording, shown, target, influence.scores[0])
+    with recording.ahead([*chosen, recording.final]) as source:
+        suspicion = rank_examples(setup, source, shown, target, influence.scores[0])
     removals = _removals(problem, setup, recording, influence, suspicion, count, run, force=force)
     with tempfile.TemporaryDirectory(prefix="tracked-replay-suspects-") as folder:
         root = Path(folder)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ REMOVED = "suspects/removed.parquet"
 SUMMARY = "suspects/summary.json"
 TOP = "suspects/top.txt"
 NAMED = 3  # examples in the first lines of the description
+LISTED = 10  # examples in the terminal, and in the command that is given as the next one
 SHOWN = 32  # examples in the figure, and of each ranking in the table of the UI
 
 
@@ -84,8 +86,7 @@ def conclude(
     found = {ranking.name: detection(ranking, flipped, count) for ranking in suspicion.rankings if len(flipped)}
     table = _table(problem, suspicion)
     write_aside(root / SUSPECTS, lambda temporary: pq.write_table(table, temporary))
-    top = suspicion.rankings[0].order[:count]
-    write_text(root / TOP, "".join(f"{index}\n" for index in top))
+    write_text(root / TOP, _top(problem, suspicion, count))
     if removals:
         removed = pa.table(
             {
@@ -98,7 +99,7 @@ def conclude(
     save_figure(root, "suspects", _figure(problem, suspicion))
     run.table(_shown(root, problem, suspicion), "tables/suspects.json")
     _metrics(found, removals, run)
-    run.describe(_description(problem, influence, suspicion, found, count, removals))
+    run.describe(_description(problem, influence, suspicion, found, count, removals, run.link("figures/suspects.png")))
 
 
 def _table(problem: Problem, suspicion: Suspicion) -> pa.Table:
@@ -115,6 +116,46 @@ def _table(problem: Problem, suspicion: Suspicion) -> pa.Table:
 
 def _optional(values: np.ndarray | None, order: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.nulls(len(order), kind) if values is None else pa.array(values[order], kind)
+
+
+def _top(problem: Problem, suspicion: Suspicion, count: int) -> str:
+    """The top of the first ranking, an index a line, each with a comment that says what it is."""
+    first = suspicion.rankings[0]
+    heading = f"# the {count} most suspicious of {problem.data.num_train} training examples by {first.name}"
+    if suspicion.final.predictions is not None:
+        disagrees = _disagreements(problem, suspicion, first.order[:count])
+        heading += f"; the model says another class than the label of {disagrees}, and agrees with {count - disagrees}"
+    lines = [f"{index}  # {_words(problem, suspicion, index)}" for index in first.order[:count].tolist()]
+    return "\n".join([heading, *lines]) + "\n"
+
+
+def _disagreements(problem: Problem, suspicion: Suspicion, indices: np.ndarray) -> int:
+    """Of how many of these examples the model says another class than the label."""
+    predictions = suspicion.final.predictions
+    labels = problem.data.train.labels.cpu().numpy()
+    return 0 if predictions is None else int((predictions[indices] != labels[indices]).sum())
+
+
+def _words(problem: Problem, suspicion: Suspicion, index: int, *, probable: bool = True) -> str:
+    final = suspicion.final
+    label, predicted, probability = int(problem.data.train.labels[index]), None, None
+    if final.predictions is not None and final.probabilities is not None:
+        predicted, probability = int(final.predictions[index]), float(final.probabilities[index])
+    return _in_words(problem.task.label_names, label, predicted, probability if probable else None)
+
+
+def _in_words(label_names: Sequence[str], label: int, predicted: int | None, probability: float | None) -> str:
+    """What an example is labelled and what the model says of it, on one line whatever the names of the labels hold."""
+    words = f"labelled {_one_line(label_names[label])}"
+    if predicted is None:
+        return words
+    words += ", the model agrees" if predicted == label else f", the model says {_one_line(label_names[predicted])}"
+    return words if probability is None else f"{words} ({probability:.0%})"
+
+
+def _one_line(text: str, limit: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def _summary(
@@ -160,7 +201,7 @@ def _figure(problem: Problem, suspicion: Suspicion) -> Any:
             suspects.append(report.Suspect(picture))
             continue
         said = int(final.predictions[index])
-        says = f"→ {label_names[said]} {final.probabilities[index]:.0%}"
+        says = f"→ {'agrees' if said == label else label_names[said]} {final.probabilities[index]:.0%}"
         suspects.append(report.Suspect(picture, says, differs=said != label))
     title = f"{problem.task.name}: the {len(suspects)} most suspicious training examples by {first.name}"
     return report.suspects_figure(suspects, title, first.question)
@@ -172,9 +213,10 @@ def _shown(root: Path, problem: Problem, suspicion: Suspicion) -> dict[str, list
     rows = []
     for ranking in suspicion.rankings:
         for rank, index in enumerate(ranking.order[:SHOWN].tolist(), start=1):
-            says, probability = "", None
+            label, says, agrees, probability = int(problem.data.train.labels[index]), "", None, None
             if final.predictions is not None and final.probabilities is not None:
                 says, probability = label_names[final.predictions[index]], float(final.probabilities[index])
+                agrees = bool(final.predictions[index] == label)
             rows.append(
                 {
                     "ranking": ranking.name,
@@ -182,8 +224,9 @@ def _shown(root: Path, problem: Problem, suspicion: Suspicion) -> dict[str, list
                     "rank": rank,
                     "picture": thumbnail(root, problem, index),
                     "train_index": index,
-                    "label": label_names[int(problem.data.train.labels[index])],
+                    "label": label_names[label],
                     "model_says": says,
+                    "model_agrees": agrees,
                     "probability": probability,
                     "value": float(ranking.values[index]),
                 }
@@ -207,15 +250,20 @@ def _description(
     found: Mapping[str, Detection],
     count: int,
     removals: Sequence[Removal],
+    look: str,
 ) -> str:
     train_run_id, flipped = influence.train_run_id, problem.data.flipped.indices
     first = suspicion.rankings[0]
     # The first lines are what MLflow shows before "Show more".
     lines = [f"{_headline(problem, suspicion, found, count)}\n"]
+    agreeing = ""
+    if suspicion.final.predictions is not None:
+        disagrees = _disagreements(problem, suspicion, first.order[:count])
+        agreeing = f"; the model agrees with the label of {count - disagrees} of these"
     lines.append(
         f"All {problem.data.num_train} training examples are ranked, from the training run "
         f"[{train_run_id}]({ui_path(train_run_id)}). `{SUSPECTS}` holds all of them, `tables/suspects.json` the top of "
-        f"each ranking, `{TOP}` the top {count} by `{first.name}`.\n"
+        f"each ranking, `{TOP}` the top {count} by `{first.name}`{agreeing}.\n"
     )
     if not influence.exact:
         lines.append("The scores behind `harm` are tagged inexact.\n")
@@ -238,42 +286,51 @@ def _description(
             hits = int(np.isin(one.indices, flipped).sum())
             lines.append(f"| {one.name} | {len(one.indices)} | {hits} | {accuracy} | {one.measurement:.6g} |")
     lines += [
-        "\n- to look at: `figures/suspects.png` among the artifacts",
+        f"\n- to look at: {look} among the artifacts",
         f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})",
-        f"- next, with `{TOP}` downloaded: `tracked-replay counterfactual --train-run-id {train_run_id} "
-        "--targets mean:all --remove top.txt`",
+        f"- to remove all {count}: `{TOP}`, downloaded, is what `remove` of `counterfactual` takes",
+        f"- next: `{next_command(train_run_id, first.order.tolist())}`",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _headline(problem: Problem, suspicion: Suspicion, found: Mapping[str, Detection], count: int) -> str:
     """The most suspicious examples and, where labels were flipped, how many of those were found."""
-    first, final, label_names = suspicion.rankings[0], suspicion.final, problem.task.label_names
-    shown = []
-    for index in first.order[:NAMED].tolist():
-        words = f"labelled {report.markdown_text(label_names[int(problem.data.train.labels[index])])}"
-        if final.predictions is not None:
-            words += f", the model says {report.markdown_text(label_names[int(final.predictions[index])])}"
-        shown.append(f"#{index} ({words})")
+    first = suspicion.rankings[0]
+    shown = [
+        f"#{index} ({report.markdown_text(_words(problem, suspicion, index, probable=False))})"
+        for index in first.order[:NAMED].tolist()
+    ]
     flipped = len(problem.data.flipped.indices)
     caught = ""
     if first.name in found:
         one = found[first.name]
         caught = f"**{one.recall:.0%} of {flipped} flipped labels** are among the top {count} (AUC {one.auc:.4f}). "
-    task = report.markdown_text(problem.task.name)
+    task = report.markdown_text(_one_line(problem.task.name))
     return f"{caught}The most suspicious training examples of {task}, by `{first.name}`: {'; '.join(shown)}."
 
 
-def describe(found: Suspects, count: int = 10) -> str:
+def next_command(train_run_id: str, order: Iterable[int]) -> str:
+    """What to do next: retrain without the examples that :func:`describe` lists.
+
+    Args:
+        train_run_id: the recording.
+        order: training examples, the most suspicious first.
+    """
+    listed = ",".join(str(index) for index in islice(order, LISTED))
+    return f"tracked-replay counterfactual --train-run-id {train_run_id} --targets mean:all --remove {listed}"
+
+
+def describe(found: Suspects, count: int = LISTED) -> str:
     """The most suspicious examples as lines of text, under the question that their ranking answers."""
-    first, label_names = found.summary["rankings"][0], found.summary["label_names"]
+    first, label_names, table = found.summary["rankings"][0], found.summary["label_names"], found.table
     lines = [f"most suspicious by {first['name']}: {first['question']}"]
-    for row in found.table.slice(0, count).to_pylist():
-        says = ""
-        if row["predicted_label"] is not None:
-            says = f", the model says {label_names[row['predicted_label']]} ({row['probability']:.0%})"
-        label = label_names[row["label"]]
-        lines.append(f"{row['rank']:4d}. training example {row['train_index']}: labelled {label}{says}")
+    if table["predicted_label"].null_count == 0:
+        disagrees = int((table["predicted_label"].to_numpy() != table["label"].to_numpy()).sum())
+        lines.append(f"the model says another class than the label of {disagrees} of all {table.num_rows} examples")
+    for row in table.slice(0, count).to_pylist():
+        words = _in_words(label_names, row["label"], row["predicted_label"], row["probability"])
+        lines.append(f"{row['rank']:4d}. training example {row['train_index']}: {words}")
     if "auc" in first:
         lines.append(
             f"of {found.summary['flipped']} flipped labels {first['recall']:.0%} are among the top "

@@ -97,7 +97,9 @@ def reuse(
     return Outcome(found, reused=True)
 
 
-def train_stage(problem: Problem, *, force: bool = False, may_point: bool = False) -> Outcome:
+def train_stage(
+    problem: Problem, *, force: bool = False, may_point: bool = False, reproduces: str | None = None
+) -> Outcome:
     """Train and record, or find the FINISHED run with the same fingerprint, or go on with an interrupted one.
 
     Args:
@@ -105,6 +107,7 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
         force: train from the start even where there is such a run.
         may_point: whether this is the stage that was asked for, so that under ``mlflow run`` the run that MLflow made
             points to the one that is reused or gone on with.
+        reproduces: the recorded run that is trained again.
 
     Raises:
         TrackedReplayError: naming what was wrong; the run is then FAILED.
@@ -123,6 +126,8 @@ def train_stage(problem: Problem, *, force: bool = False, may_point: bool = Fals
         with ExitStack() as held:
             resume, unfinished = (None, None) if force else _interrupted(fingerprint, setup, held)
             with stage_run(names.TRAIN, fingerprint, title, {}, resume) as run:
+                if reproduces is not None:
+                    run.tag({names.REPRODUCES: reproduces})
                 _train(problem, setup, run, generators, unfinished)
         if resume is not None and may_point:
             point_to(names.TRAIN, resume, title, {})
@@ -199,7 +204,7 @@ def _train(
             curves.step(record.before.step, record.loss)
             curves.end_of_epoch(state)
         _figure(root, setup, curves)
-        run.describe(_description(problem, setup, curves, run.run_id))
+        run.describe(_description(problem, setup, curves, run.run_id, run.link("figures/training.png")))
         run.tag({names.DIGESTS: recorder.finish(state)})
         workspace.publish()
 
@@ -299,7 +304,7 @@ def _describe_data(problem: Problem, root: Path) -> None:
         shutil.copyfile(path, copy if not copy.exists() else copy.with_name(f"{place}-{path.name}"))
 
 
-def _description(problem: Problem, setup: TrainingSetup, curves: _Curves, run_id: str) -> str:
+def _description(problem: Problem, setup: TrainingSetup, curves: _Curves, run_id: str, look: str) -> str:
     plan, config, data = setup.plan, problem.config, problem.data
     last = plan.epochs == plan.epochs[-1]
     numbers = [f"mean training loss in the last epoch {curves.losses[last].mean():.4g}"]
@@ -312,7 +317,7 @@ def _description(problem: Problem, setup: TrainingSetup, curves: _Curves, run_id
         f"and trained again bit for bit: {', '.join(numbers)}.\n",
         f"- {plan.steps} steps of {config.train.batch_size} examples out of {data.num_train}, "
         f"{config.train.epochs} epochs, master seed {config.seed}, {config.train.dtype} on {config.train.device}",
-        "- to look at: `figures/training.png` among the artifacts",
+        f"- to look at: {look} among the artifacts",
         f"- next: `tracked-replay magic --train-run-id {run_id} --targets 0-7`",
     ]
     return "\n".join(lines)

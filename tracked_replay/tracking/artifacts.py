@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from tracked_replay.errors import FetchError, RecordingError, TrackedReplayError
+from tracked_replay.errors import ConfigError, FetchError, RecordingError, TrackedReplayError
 from tracked_replay.recording import Fetch
 from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.recording.reader import DamagedCopyError
@@ -33,6 +33,8 @@ from tracked_replay.tracking import names
 from tracked_replay.tracking.fetched import FetchedStates, cache_limit
 
 CACHE = "TRACKED_REPLAY_CACHE"
+CACHE_ALLOWED = "allowed: a folder that can be written to, or made"
+WAITING = "runs"  # folder of the cache
 FETCHES = 4  # files that are fetched at once, or wait on disk for their turn
 PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
 
@@ -53,8 +55,10 @@ class Workspace:
 
     @classmethod
     def of(cls, run_id: str) -> Workspace:
-        """The workspace of a run; its folder need not be there yet."""
+        """The workspace of a run; its folder need not be there yet. Raises ConfigError as :func:`require_waiting`."""
         local = _local_folder(MlflowClient(), run_id)
+        if local is None:
+            _require_writable()
         return cls(run_id, local or waiting_folder(run_id), local is not None)
 
     @contextmanager
@@ -95,14 +99,41 @@ class Workspace:
 
 
 def cache_folder() -> Path:
-    """``$TRACKED_REPLAY_CACHE``, else the folder for this user's caches."""
+    """``$TRACKED_REPLAY_CACHE``, else the folder for this user's caches. Raises ConfigError."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get(CACHE) or Path(base) / "tracked-replay").expanduser()
+    folder = Path(os.environ.get(CACHE) or Path(base) / "tracked-replay")
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{CACHE}: found {str(folder)!r}, but there is no such home; {CACHE_ALLOWED}") from None
 
 
 def waiting_folder(run_id: str) -> Path:
     """Where the files of a run wait for its end when its store is no folder here."""
-    return cache_folder() / "runs" / run_id
+    return cache_folder() / WAITING / run_id
+
+
+def require_waiting(experiment_id: str) -> None:
+    """Check that files can wait for the end of a run that an experiment is to get; where they need not, nothing.
+
+    Raises:
+        ConfigError: the store is no folder here, and this user's cache cannot be written to.
+    """
+    if not is_local_uri(MlflowClient().get_experiment(experiment_id).artifact_location):
+        _require_writable()
+
+
+def _require_writable() -> None:
+    folder = cache_folder()
+    try:
+        (folder / WAITING).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / WAITING):  # asks the file system too, which may be read-only
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{CACHE}: found {str(folder)!r}, in which no folder {WAITING!r} can be written to ({error.strerror}); "
+            f"{CACHE_ALLOWED}"
+        ) from None
 
 
 def fetched_folder() -> Path:
@@ -246,7 +277,7 @@ class _Remote:
         try:
             path = Path(self._repository.download_artifacts(name, str(folder)))
         except Exception as error:  # each kind of store raises errors of its own library
-            raise self._not_fetched(name, " ".join(PASSWORD.sub(r"\1:***@", str(error)).split())[:300]) from error
+            raise self._not_fetched(name, in_one_line(error)) from error
         if not path.is_file():
             raise self._not_fetched(name, "it is a folder there")
         return path
@@ -254,6 +285,11 @@ class _Remote:
     def _not_fetched(self, name: str, why: str) -> FetchError:
         cleaned = _cleaned(self._client, self._run_id)
         return FetchError(f"{name} cannot be fetched from the artifacts of run {self._run_id}{cleaned}: {why}")
+
+
+def in_one_line(error: Exception) -> str:
+    """The beginning of what a library says, without the passwords in it."""
+    return " ".join(PASSWORD.sub(r"\1:***@", str(error)).split())[:300]
 
 
 class _Entered(NamedTuple):

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -51,7 +52,8 @@ class FetchedStates:
     """Checkpoints of finished runs that were fetched before, as files in a folder that several processes may share.
 
     A file's modification time says when it was last used. Nobody holds a file while it is read: one that is gone or
-    damaged is fetched again by whoever meets that. What cannot be kept, on a full disk for example, is left out.
+    damaged is fetched again by whoever meets that. What cannot be kept, on a full disk for example, is left out. A link
+    is no copy of ours: it is removed, and what it leads to is neither read nor changed.
 
     Args:
         folder: of the files; made when the first is added.
@@ -71,10 +73,13 @@ class FetchedStates:
         """A file that :meth:`takes` allows, where it is kept; counts as its use."""
         path = self._path(run_id, name)
         try:
+            self._remove_links(path)
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return None
             _mark_used(path)
         except OSError:
             return None
-        return path if path.is_file() else None
+        return path
 
     def add(self, run_id: str, name: str, file: Path) -> None:
         """Move a file that :meth:`takes` allows here; one that is larger than the limit stays where it is."""
@@ -88,6 +93,7 @@ class FetchedStates:
             with FileLock(self._folder / "lock", timeout=LOCK_SECONDS):
                 self._make_room(aside.stat().st_size)
                 path = self._path(run_id, name)
+                self._remove_links(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(aside, path)
         except OSError as error:
@@ -98,15 +104,26 @@ class FetchedStates:
 
     def drop(self, run_id: str, name: str) -> None:
         """Remove a file that :meth:`takes` allows, where it is kept."""
+        path = self._path(run_id, name)
         with suppress(OSError):
-            self._path(run_id, name).unlink(missing_ok=True)
+            self._remove_links(path)
+            path.unlink(missing_ok=True)
 
     def _path(self, run_id: str, name: str) -> Path:
         return self._folder / run_id / name
 
+    def _remove_links(self, path: Path) -> None:
+        """Remove each part of a path that is a link; the folder of all files may be one."""
+        parts = path.relative_to(self._folder).parts
+        for place in range(1, len(parts) + 1):
+            part = self._folder.joinpath(*parts[:place])
+            if part.is_symlink():
+                part.unlink(missing_ok=True)
+
     def _make_room(self, size: int) -> None:
         """Remove what was used least recently until ``size`` bytes more are within the limit; only under the lock."""
         note = self._folder / "bytes"
+        self._remove_links(note)
         try:
             # What files that were dropped or deleted by hand had is still in it: it is never too little.
             total = int(note.read_text(encoding="ascii")) + size

@@ -10,7 +10,11 @@ INPUT = f"{PREFIX}input."
 DIGESTS = f"{PREFIX}digests"
 EXACT = f"{PREFIX}exact"
 REUSES = f"{PREFIX}reuses"
+REPRODUCES = f"{PREFIX}reproduces"  # of a training that `reproduce` made: the run that it repeats
+VALIDATED_BY = f"{PREFIX}validated_by"  # of a `magic` run: the newest `lds` run about it
 TASK = f"{PREFIX}task"
+
+HELD = "Held against retraining:"  # begins the line of a `magic` run's description that its validation fills in
 
 TRAIN = "train"
 MAGIC = "magic"

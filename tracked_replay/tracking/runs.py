@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import quote
 
 import mlflow
 import numpy as np
@@ -29,7 +30,7 @@ from tracked_replay.errors import RunError
 from tracked_replay.recording import Fetch
 from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.tracking import names
-from tracked_replay.tracking.artifacts import Workspace, artifact_source
+from tracked_replay.tracking.artifacts import Workspace, artifact_source, in_one_line, require_waiting
 from tracked_replay.tracking.process import close_abandoned, this_process
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,9 @@ MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # holds the run that `mlflow run` made before 
 METRICS_PER_CALL = 1000  # MLflow's own limit for one batch
 PARAMS_PER_CALL = 100
 LONGEST_SIDE = 100  # of an image, in units of the other
+TRAINING_VIEW = "?workflowType=machine_learning"  # else MLflow's UI opens in its view of traces and prompts
 INTERRUPTED = ("FAILED", "KILLED")
-CANDIDATES = 20  # interrupted runs that are looked at
+CANDIDATES = 20  # runs that are looked at in one request
 RUN_ID_FORM = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)  # what MLflow itself takes
 
 
@@ -126,6 +128,15 @@ class StageRun:
         """Set the run's description."""
         self._client.set_tag(self.run_id, MLFLOW_RUN_NOTE, markdown)
 
+    @property
+    def description(self) -> str:
+        """The run's description as it is now: people may have changed it."""
+        return str(self._client.get_run(self.run_id).data.tags.get(MLFLOW_RUN_NOTE, ""))
+
+    def link(self, artifact: str) -> str:
+        """A link in Markdown to the place of an artifact in the UI, which may still have to be logged."""
+        return f"[{artifact}]({ui_path(self.run_id, artifact)})"
+
     def dataset(self, inputs: np.ndarray, labels: np.ndarray, name: str, digest: str, context: str) -> None:
         """Log a data set as an input of the run.
 
@@ -157,7 +168,8 @@ def stage_run(
 
     Under ``mlflow run`` the first stage takes over the run that MLflow made. The run ends FINISHED, FAILED on an
     error, or KILLED on an interrupt or a termination signal; the fingerprint is set at the very end, so that a run
-    that did not finish is never reused.
+    that did not finish is never reused. A store that does not let a broken run end is told of in a note on the error
+    that broke it off, which is the one that is raised.
 
     Args:
         stage: name of the stage.
@@ -165,13 +177,18 @@ def stage_run(
         name: shown in the UI.
         inputs: upstream run IDs by parameter name.
         resume: an interrupted run of the stage that is gone on with, instead of a new one.
+
+    Raises:
+        ConfigError: the files of the stage cannot wait here for the end of the run.
     """
     parent = mlflow.active_run()
-    close_abandoned(active_experiment())
+    experiment = active_experiment()
+    if stage in (names.TRAIN, names.MAGIC):
+        require_waiting(experiment)
+    close_abandoned(experiment)
     made_by_mlflow = os.environ.get(MADE_BY_MLFLOW)
     with _termination_as_interrupt():
         run = mlflow.start_run(run_id=resume, nested=parent is not None, log_system_metrics=True)
-        status = "FAILED"
         try:
             stage_run = StageRun(run.info.run_id, fingerprint, resumed=resume is not None)
             tags = {MLFLOW_RUN_NAME: name, names.STAGE: stage, names.PROCESS: this_process()}
@@ -184,15 +201,26 @@ def stage_run(
                 raise RuntimeError(f"stage {stage} ends without a fingerprint")
             if stage_run.reusable:
                 stage_run.tag({names.FINGERPRINT: stage_run.fingerprint})
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
+        except (KeyboardInterrupt, SystemExit) as error:
             _ignore_termination()
+            _end_broken(run.info.run_id, "KILLED", error)
             raise
-        finally:
-            mlflow.end_run(status)
-            if resume and made_by_mlflow and status == "FINISHED":
-                os.environ[MADE_BY_MLFLOW] = made_by_mlflow  # not taken over, and MLflow forgets it when any run ends
+        except BaseException as error:
+            _end_broken(run.info.run_id, "FAILED", error)
+            raise
+        mlflow.end_run("FINISHED")
+        if resume and made_by_mlflow:
+            os.environ[MADE_BY_MLFLOW] = made_by_mlflow  # not taken over, and MLflow forgets it when any run ends
+
+
+def _end_broken(run_id: str, status: str, first: BaseException) -> None:
+    """End the active run after an error, which the store's own error about that does not hide."""
+    try:
+        mlflow.end_run(status)
+    except Exception as error:  # of MLflow, of its database: there is no common class
+        note = f"run {run_id} could not be ended as {status}: {in_one_line(error)}"
+        first.add_note(note)
+        logger.warning("%s", note)
 
 
 @contextmanager
@@ -229,17 +257,31 @@ def active_experiment() -> str:
 
 
 def find_finished(stage: str, fingerprint: str) -> str | None:
-    """Run ID of the newest FINISHED run of this experiment with the same fingerprint."""
-    found = MlflowClient().search_runs(
-        [active_experiment()],
-        filter_string=(
-            f"tags.`{names.FINGERPRINT}` = '{fingerprint}' and tags.`{names.STAGE}` = '{stage}' "
-            "and attributes.status = 'FINISHED'"
-        ),
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
+    """Run ID of the newest FINISHED run of this experiment with the same fingerprint.
+
+    One that ``reproduce`` made only where there is no other: what hangs on the run that it repeats is still found.
+    """
+    client, experiment = MlflowClient(), active_experiment()
+    wanted = (
+        f"tags.`{names.FINGERPRINT}` = '{fingerprint}' and tags.`{names.STAGE}` = '{stage}' "
+        "and attributes.status = 'FINISHED'"
     )
-    return str(found[0].info.run_id) if found else None
+    reproduction, page = None, None
+    while True:
+        found = client.search_runs(
+            [experiment],
+            filter_string=wanted,
+            order_by=["attributes.start_time DESC"],
+            max_results=CANDIDATES,
+            page_token=page,
+        )
+        for run in found:
+            if names.REPRODUCES not in run.data.tags:
+                return str(run.info.run_id)
+            reproduction = reproduction or str(run.info.run_id)
+        page = found.token
+        if not page:
+            return reproduction
 
 
 def find_interrupted(stage: str, fingerprint: str) -> Sequence[str]:
@@ -354,16 +396,36 @@ def point_to(stage: str, run_id: str, name: str, inputs: Mapping[str, str]) -> s
         return None
     with mlflow.start_run() as run:
         pointing = StageRun(run.info.run_id)
-        tags = {names.STAGE: stage, names.REUSES: run_id, MLFLOW_RUN_NAME: f"{name} (reused)"}
+        tags = {names.STAGE: stage, names.REUSES: run_id, MLFLOW_RUN_NAME: f"reused · {name}"}
         pointing.tag(tags | {f"{names.INPUT}{key}": value for key, value in inputs.items()})
         pointing.describe(f"The same result was there already: [run {run_id}]({ui_path(run_id)}).")
         return str(run.info.run_id)
 
 
-def ui_path(run_id: str) -> str:
-    """Path of a run's page inside the MLflow UI."""
+def note_validation(magic_run_id: str, lds_run_id: str, found: str) -> None:
+    """Say in a ``magic`` run's description what a validation of it found; a store that refuses is only told of.
+
+    Args:
+        magic_run_id: the run that is written to.
+        lds_run_id: the finished validation.
+        found: its result in one line.
+    """
+    run = StageRun(magic_run_id)
+    line = f"{names.HELD} {found} ([run {lds_run_id}]({ui_path(lds_run_id)}))"
+    known = re.compile(rf"^{re.escape(names.HELD)}.*$", re.MULTILINE)
+    try:
+        before = run.description
+        run.describe(known.sub(lambda _: line, before, count=1) if known.search(before) else f"{line}\n\n{before}")
+        run.tag({names.VALIDATED_BY: lds_run_id})
+    except MlflowException as error:  # perhaps somebody else's run, which must not cost the validation
+        logger.warning("run %s does not say that run %s validated it: %s", magic_run_id, lds_run_id, error)
+
+
+def ui_path(run_id: str, artifact: str = "") -> str:
+    """Path inside the MLflow UI of a run's page, or of one of its artifacts there."""
     experiment = MlflowClient().get_run(run_id).info.experiment_id
-    return f"#/experiments/{experiment}/runs/{run_id}"
+    inside = f"/artifacts/{quote(artifact)}" if artifact else ""
+    return f"#/experiments/{experiment}/runs/{run_id}{inside}{TRAINING_VIEW}"
 
 
 def ui_hint(run_id: str) -> str:

@@ -25,7 +25,7 @@ from tracked_replay.errors import ConfigError, NumericalError, TaskError
 from tracked_replay.tasks import Batch, Task, TaskData
 from tracked_replay.training.groups import parameter_groups
 from tracked_replay.training.schedule import SHARED_INSTANCE, learning_rates
-from tracked_replay.training.state import State, initial_state
+from tracked_replay.training.state import State, Tensors, initial_state
 from tracked_replay.training.step import StepResult, TrainingStep
 
 EVALUATION_BATCH = 1000
@@ -137,22 +137,29 @@ def set_up(config: Config, task: Task, data: TaskData | None = None) -> Training
 
 
 def require_functional(setup: TrainingSetup) -> None:
-    """Take the first step with NaN in the model's own tensors, which no step may read: it is given those of the state.
+    """Refuse a model that a step, which is given the tensors of the state, would not train as its author means.
+
+    Hooks on the model's own parameters are looked for: a step has other tensors, and never calls them. The first step
+    is taken without backward hooks of modules, which may look at gradients and not change them: the replay takes them
+    for those of the loss. Then it is taken with NaN in the model's own tensors, which no step may read.
 
     Activation checkpointing does read them: it computes forward passes again in the backward pass, when the state's
     tensors are gone from the model. The generators are left as they were.
 
     Raises:
-        TaskError: the step is not the one it was.
+        TaskError: there is a hook on a parameter, or the step is not always the one that it was first.
         NumericalError: the first step is not finite at all.
     """
     model = setup.step.model
+    _require_no_parameter_hooks(model, setup.task)
     # Before the first call: torch leaves the state's tensors in a layer that stands under two names.
     states = {tensor.data_ptr() for tensor in setup.initial.flat().values()}
     own = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     own = [tensor for tensor in own if tensor.data_ptr() not in states]
     generators = capture_generator_states()
     expected = setup.take(setup.initial)[0].state.flat()
+    restore_generator_states(generators)
+    _require_unchanged_gradients(setup, expected)
     restore_generator_states(generators)
     kept = [tensor.detach().clone() for tensor in own]
     try:
@@ -167,11 +174,53 @@ def require_functional(setup: TrainingSetup) -> None:
             for tensor, values in zip(own, kept, strict=True):
                 tensor.copy_(values)
         restore_generator_states(generators)
-    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+    if not _same_tensors(found, expected):
         raise TaskError(
             f"the model of the task {setup.task.name} reads its own tensors in a step, and not those of the state, so "
             f"it would not be trained by SGD; known to do so: torch.utils.checkpoint; allowed: the model without it"
         )
+
+
+def _require_no_parameter_hooks(model: nn.Module, task: Task) -> None:
+    for name, parameter in model.named_parameters():
+        # torch has no public way to ask a tensor for its hooks. A gradient is all that they are called with.
+        hooks = {
+            "register_hook": parameter._backward_hooks,
+            "register_post_accumulate_grad_hook": parameter._post_accumulate_grad_hooks,
+        }
+        found = [kind for kind, registered in hooks.items() if registered]
+        if found and parameter.requires_grad:
+            raise TaskError(
+                f"the model of the task {task.name}: found a hook ({found[0]}) at the parameter {name!r}, which no "
+                f"step would call; allowed: hooks of modules, and none of parameters"
+            )
+
+
+def _require_unchanged_gradients(setup: TrainingSetup, expected: Tensors) -> None:
+    modules = list(setup.step.model.modules())
+    # torch has no public way to take off a hook without the handle that its author got.
+    all_hooks = [hooks for module in modules for hooks in (module._backward_hooks, module._backward_pre_hooks) if hooks]
+    if not all_hooks:
+        return
+    kept = [dict(hooks) for hooks in all_hooks]
+    try:
+        for hooks in all_hooks:
+            hooks.clear()
+        found = setup.take(setup.initial)[0].state.flat()
+    except NumericalError:
+        found = {}
+    finally:
+        for hooks, known in zip(all_hooks, kept, strict=True):
+            hooks.update(known)
+    if not _same_tensors(found, expected):
+        raise TaskError(
+            f"the model of the task {setup.task.name}: found a backward hook of a module that changes a gradient, so "
+            f"it would not be trained by SGD on its loss; allowed: backward hooks that look at gradients only"
+        )
+
+
+def _same_tensors(found: Tensors, expected: Tensors) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def _device(config: Config) -> torch.device:
