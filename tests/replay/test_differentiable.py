@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
+from tracked_replay.errors import ReplayError
 from tracked_replay.replay import DifferentiableModel, allocation
 from tracked_replay.replay.derivatives import batch_norm, convolution, gelu
 
@@ -298,6 +299,13 @@ def test_an_error_of_the_model_is_not_taken_for_one_of_the_layout() -> None:
         DifferentiableModel(model).training_outputs(
             dict(model.named_parameters()), torch.randn(6, 2, 4, 4), lambda: None
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)))
+    with pytest.raises(ReplayError, match=r"^the model: Sequential cannot be copied.*parametrizations\.weight_norm$"):
+        DifferentiableModel(model)
 
 
 class Doubled(nn.GELU):

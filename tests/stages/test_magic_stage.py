@@ -208,6 +208,19 @@ KINDS = {
             "return Net()"
         )
     ],
+    "attention": [
+        model(
+            "class Net(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.into, self.out = nn.Linear(1, 4), nn.Linear(4, 3)\n"
+            "        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)\n"
+            "    def forward(self, x):\n"
+            "        x = self.into(x[..., None])\n"
+            "        return self.out(self.attention(x, x, x, need_weights=False)[0].mean(1))\n"
+            "return Net()"
+        )
+    ],
     "weight norm": [
         model(
             "from torch.nn.utils.parametrizations import weight_norm\n"

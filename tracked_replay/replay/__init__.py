@@ -1,6 +1,7 @@
 """The replay: the exact adjoint of a recorded training, traversed from the last step to the first."""
 
 from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
+from tracked_replay.replay.check import DerivativeCheck, check_derivatives
 from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.saved import SavedReplay, load_replay, save_replay
 from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
@@ -10,6 +11,7 @@ from tracked_replay.replay.traversal import Replay, StepScores, require_recorded
 
 __all__ = [
     "Cotangent",
+    "DerivativeCheck",
     "DifferentiableModel",
     "PerStepWriter",
     "Replay",
@@ -18,6 +20,7 @@ __all__ = [
     "StepAdjoint",
     "StepScores",
     "Target",
+    "check_derivatives",
     "choose_plan",
     "combine",
     "curves",

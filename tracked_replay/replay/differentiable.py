@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -174,7 +175,7 @@ class DifferentiableModel:
     def __init__(self, model: nn.Module, *, gradient_is_read: bool = True) -> None:
         self._normalisations: dict[str, DifferentiableBatchNorm] = {}
         self._replaced: dict[int, DifferentiableBatchNorm] = {}
-        self.module = self._replace(copy.deepcopy(model), "")
+        self.module = self._replace(_copied(model), "")
         for layer in self.module.modules():
             if isinstance(layer, DifferentiableConv2d):
                 layer.gradient_is_read = gradient_is_read
@@ -201,11 +202,13 @@ class DifferentiableModel:
             seed: sets torch's generators for this pass.
         """
         self.module.train()
-        if not self.largest_activation:
-            with self._noting_activations():
+        with ExitStack() as contexts:
+            # The other kernels of attention have no second derivative.
+            contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if not self.largest_activation:
+                contexts.enter_context(self._noting_activations())
                 self.largest_activation = inputs.nbytes
-                return self._training_outputs(tensors, inputs, seed)
-        return self._training_outputs(tensors, inputs, seed)
+            return self._training_outputs(tensors, inputs, seed)
 
     @contextmanager
     def _noting_activations(self) -> Iterator[None]:
@@ -261,6 +264,17 @@ class DifferentiableModel:
             for name, layer in self._normalisations.items()
             for statistic, tensor in layer.take_updated().items()
         }
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ReplayError(
+            f"the model: {type(model).__name__} cannot be copied, and the replay differentiates a copy "
+            f"({' '.join(str(error).split())[:200]}); known to do so: torch.nn.utils.weight_norm; allowed: what "
+            f"copy.deepcopy takes, such as torch.nn.utils.parametrizations.weight_norm"
+        ) from None
 
 
 def _require_plain(layer: _BatchNorm, name: str) -> None:

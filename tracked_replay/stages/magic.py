@@ -32,6 +32,7 @@ from tracked_replay.replay import (
     ScoreSum,
     StepAdjoint,
     Target,
+    check_derivatives,
     combine,
     curves,
     influence_table,
@@ -229,6 +230,7 @@ def _magic(
     with tempfile.TemporaryDirectory(prefix="tracked-replay-magic-") as folder, workspace.opened(RESUME) as aside:
         root = Path(folder)
         write_text(root / CONFIG, config.to_toml())
+        held = _held_derivatives(setup, recording, targets, run) if exact else "not held against finite differences"
         adjoint = StepAdjoint(setup.step, config.replay)
         _replay(setup, recording, targets, adjoint, plan, total, aside, saved, run)
         labels = problem.data.train.labels.cpu().numpy()
@@ -248,10 +250,24 @@ def _magic(
             run.image(enlarged(picture.pixels), key="targets", step=place)
         log_along_training(run, aside, problem, pictures, recording.trace.steps)
         run.table(_top_examples(root, problem, targets, total.scores), "tables/top_examples.json")
-        run.describe(_description(problem, values, total.scores, train_run_id, run.run_id, plan.mode, exact))
+        run.describe(_description(problem, values, total.scores, train_run_id, run.run_id, plan.mode, exact, held))
         if config.replay.per_step:
             shutil.copytree(aside / PER_STEP, root / PER_STEP)
         publish(run, root)
+
+
+def _held_derivatives(setup: TrainingSetup, recording: Recording, targets: Sequence[Target], run: StageRun) -> str:
+    """Hold derivatives of a step in the middle against finite differences; says what came of it. Raises ReplayError."""
+    starts = recording.checkpoints[:-1]
+    before, final = (
+        recording.state(checkpoint).to(setup.device) for checkpoint in (starts[len(starts) // 2], recording.final)
+    )
+    found = check_derivatives(setup, before, final, targets, setup.config.replay)
+    if found.deviation is None:
+        logger.warning("derivatives could not be held against finite differences: %s", found.why)
+        return f"not held against finite differences: {report.markdown_text(found.why)}"
+    run.metric("checks/derivative_deviation", found.deviation)
+    return f"held against finite differences ({found.deviation:.1g} apart)"
 
 
 def _plan_params(plan: Plan, recording: Recording) -> dict[str, object]:
@@ -422,6 +438,7 @@ def _description(
     run_id: str,
     mode: str,
     exact: bool,
+    held: str,
 ) -> str:
     kind = "**Exact influence**" if exact else "**Inexact influence** (clipping was on)"
     lines = ["| target | label | measurement | helps most | harms most |", "|---|---|---|---|---|"]
@@ -441,7 +458,8 @@ def _description(
         f"`target-{key_of(values[0][0])}-along-training`: the strongest examples so far, with a slider over the "
         f"training's steps, below the parameters that MLflow puts into the same tile\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
-        f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest\n"
+        f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest, "
+        f"derivatives {held}\n"
         f'- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores("{run_id}")`\n'
         f"- next, how far they can be trusted: `tracked-replay lds --magic-run-id {run_id}`\n"
     )
