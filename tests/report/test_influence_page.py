@@ -325,7 +325,7 @@ def test_an_undefined_correlation_is_no_validation() -> None:
 
 def test_what_was_not_validated_says_how_to_do_it() -> None:
     found = document()
-    assert "Not validated yet" in found.words
+    assert "Not validated when this was written" in found.words
     assert found.of["code"] == [f"tracked-replay lds --magic-run-id {made.RUN}"]
 
 

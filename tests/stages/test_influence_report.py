@@ -147,7 +147,7 @@ def test_the_page_has_its_digest_lineage_seed_and_the_command_that_validates(sto
         torch.__version__,
     ):
         assert said in page.words, said
-    assert "Not validated yet. The derivative" in page.words
+    assert "Not validated when this was written. A validation" in page.words
     assert f"tracked-replay lds --magic-run-id {run_id}" in page.words
     assert "Exact" in page.words
     assert 'href="http' not in page.source

@@ -194,13 +194,18 @@ def test_the_scores_run_says_what_its_newest_validation_found(store: Path) -> No
     first = tr.lds(magic_run, overrides=QUICK)
     second = tr.lds(magic_run, overrides=QUICK | {"lds.drop": "0.25"})
     run = mlflow.get_run(second)
-    metrics, experiment = run.data.metrics, run.info.experiment_id
+    metrics, path = run.data.metrics, f"#/experiments/{run.info.experiment_id}/runs/{second}"
     tags = mlflow.get_run(magic_run).data.tags
     line = (
-        f"{names.HELD} LDS, 25 % removed: {metrics['lds']:.3f} [{metrics['lds_low']:.3f}, {metrics['lds_high']:.3f}] "
-        f"([run {second}](#/experiments/{experiment}/runs/{second}{TRAINING_VIEW}))"
+        f"{names.HELD} LDS, 25 % removed: {metrics['lds']:.3f} [{metrics['lds_low']:.3f}, {metrics['lds_high']:.3f}], "
+        "from only 3 retrainings: too few to say how well "
+        f"([its report]({path}/artifacts/report/index.html{TRAINING_VIEW}), [run {second}]({path}{TRAINING_VIEW}))"
     )
-    assert tags["mlflow.note.content"] == before.replace(held, line)
+    advice = f"{names.UNTRIED} `tracked-replay lds --magic-run-id {magic_run}`"
+    train_run = run.data.tags["tracked_replay.input.train_run_id"]
+    now = f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {train_run}`"
+    assert advice in before
+    assert tags["mlflow.note.content"] == before.replace(held, line).replace(advice, now)
     assert tags[names.VALIDATED_BY] == second != first
     # What somebody wrote instead stays.
     MlflowClient().set_tag(magic_run, "mlflow.note.content", "my own words")
@@ -208,6 +213,11 @@ def test_the_scores_run_says_what_its_newest_validation_found(store: Path) -> No
     first_line, *rest = mlflow.get_run(magic_run).data.tags["mlflow.note.content"].splitlines()
     assert third in first_line
     assert rest == ["", "my own words"]
+    # What MLflow would cut stays too.
+    MlflowClient().set_tag(magic_run, "mlflow.note.content", "w" * 7990)
+    fourth = tr.lds(magic_run, overrides=QUICK | {"lds.drop": "0.35"})
+    tags = mlflow.get_run(magic_run).data.tags
+    assert (tags["mlflow.note.content"], tags[names.VALIDATED_BY]) == ("w" * 7990, fourth)
 
 
 def test_a_scores_run_that_cannot_be_written_to_costs_no_validation(

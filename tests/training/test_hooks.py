@@ -165,3 +165,43 @@ def test_a_module_that_looks_at_gradients_sees_them_in_every_step() -> None:
     by_a_plain_loop(setup)
     assert len(found) == len(seen) == setup.plan.steps
     assert all(torch.equal(one, expected) for one, expected in zip(found, seen, strict=True))
+
+
+class Changing(nn.Module):
+    """Around a head; ``change`` is called with it in every forward pass."""
+
+    def __init__(self, body: nn.Module, change: Change) -> None:
+        super().__init__()
+        self.body, self.change, self.calls = body, change, 0
+        self.register_buffer("missing", torch.full((2,), torch.nan))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self.change(self)
+        return self.body(inputs) * (1.0 if found is None else found)
+
+
+@torch.no_grad()
+def clamp(module: nn.Module) -> None:
+    module.body.weight.clamp_(-0.01, 0.01)
+
+
+def count(module: nn.Module) -> float:
+    module.calls += 1
+    return 1 + 0.1 * module.calls
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (clamp, r"changes its tensor '4\.body\.weight' in place in a step"),
+        (count, r"keeps something between two steps that is not in its state .* gives two results"),
+    ],
+)
+def test_a_step_that_is_no_function_of_the_state_is_refused(change: Change, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        require_functional(made_with(head(lambda module: Changing(module, change))))
+
+
+def test_a_constant_that_is_nan_is_no_change() -> None:
+    setup = made_with(head(lambda module: Changing(module, lambda _: None)))
+    require_functional(setup)

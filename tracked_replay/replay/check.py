@@ -31,10 +31,10 @@ EXAMPLES = 16  # of the batch, and of a target: operations are checked, not thei
 COTANGENTS = 4
 # Of the points of a difference, in units of a tensor's root mean square, try after try. A kink (ReLU, maximum pooling)
 # between two points spoils a try; where the gradient hardly changes, rounding spoils it the nearer they are.
-DISTANCES = (1e-7, 1e-8, 1e-6)
+DISTANCES = (1e-7, 1e-6, 1e-8)
 RATE = 1e6  # learning rate of the checked step: what it adds to the parameters must not drown in them
-TOLERANCE = 1e-3  # relative
-STEADY = 1e-4  # relative difference of two differences, below which they say something
+TOLERANCE = 1e-5  # relative; differences are good to some 1e-7
+STEADY = 2e-6  # relative difference of two differences, below which they say something
 
 
 class DerivativeCheck(NamedTuple):

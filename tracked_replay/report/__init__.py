@@ -27,7 +27,7 @@ from ._influence_compare import (
     influence_comparison_text,
     influence_scatter_figure,
 )
-from ._influence_page import class_influence, influence_page
+from ._influence_page import FEW_RETRAININGS, class_influence, influence_page
 from ._lds import counterfactual_figure, lds_by_drop_figure, lds_scatter_figure
 from ._pictures import Picture, extremes_figure
 from ._scores import score_histogram_figure
@@ -36,6 +36,7 @@ from ._text import markdown_text, plain_text
 from ._thumbnails import png_bytes, shrunk
 
 __all__ = [
+    "FEW_RETRAININGS",
     "FRAME_EXAMPLES",
     "INFLUENCE_COMPARISON_TARGETS",
     "Agreement",

@@ -362,8 +362,9 @@ def _trust(page: InfluencePage) -> list[_Trust]:
         found.append(
             _Trust(
                 "?",
-                "Not validated yet",
-                "The derivative says what happens when an example counts a little less. How well that predicts what "
+                "Not validated when this was written",
+                "A validation since then has a report of its own; the run's description in MLflow links to it. The "
+                "derivative says what happens when an example counts a little less. How well that predicts what "
                 "happens without it shows only by retraining.",
             )
         )

@@ -48,5 +48,7 @@ def suspects_figure(suspects: Sequence[Suspect], title: str, question: str) -> F
             color = HARM if suspect.differs else INK
             _draw_picture(figure, suspect.picture, left, top, cell - _GAP, cell - 0.04, color, suspect.says)
         note = "Under each image: its label, # its index, → what the model says and how probable it finds that."
+        if any(suspect.picture.caption for suspect in suspects):
+            note += " “truly”: before it was flipped."
         write(figure, MARGIN, bottom + 0.05, note, color=GREY)
     return figure

@@ -103,7 +103,7 @@ def _file_content(name: str, text: str) -> str | None:
     except OSError:  # a list of examples longer than a path can be
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{name}: the file {_shown(text)} cannot be read: {reason}") from None

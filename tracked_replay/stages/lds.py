@@ -29,7 +29,8 @@ from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import Target, combine, parse_targets
 from tracked_replay.stages.equality import equality
 from tracked_replay.stages.influence import Influence
-from tracked_replay.stages.lds_result import conclude, headlines
+from tracked_replay.stages.influence_report import PAGE
+from tracked_replay.stages.lds_result import conclude, headlines, next_line
 from tracked_replay.stages.magic import (
     REPLAY_SECTIONS,
     checked_setup,
@@ -116,7 +117,8 @@ def _lds_stage(
         run.identify(_fingerprint(problem, influence))
         recording = open_recording(influence.train_run_id)
         _lds(problem, checked_setup(problem, recording), recording, influence, subsets, executor, run, force=force)
-    note_validation(influence.run_id, run.run_id, "; ".join(headlines(run.run_id)))
+    said = "; ".join(headlines(run.run_id))
+    note_validation(influence.run_id, run.run_id, said, PAGE, next_line(influence.train_run_id))
     return Outcome(run.run_id, reused=False)
 
 

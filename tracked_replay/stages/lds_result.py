@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,13 @@ def conclude(
         smoothness = metasmoothness(setup, kept[0].removed)
         run.metric("metasmoothness", smoothness)
         logger.info("%s", sentence(smoothness))
-    write_json(root / SUMMARY, _summary(table, targets, smoothness))
+    retrainings = Counter(subset.drop for subset in kept)
+    write_json(root / SUMMARY, _summary(table, targets, smoothness, retrainings))
     _figures(root, problem, kept, targets, predicted[METHOD], actual, table)
     write_lds_report(
         root, problem, setup, recording, influence, kept, predicted[METHOD], actual, table, smoothness, run
     )
-    _describe(problem, influence, table, smoothness, run)
+    _describe(problem, influence, table, smoothness, retrainings, run)
 
 
 def headlines(run_id: str) -> list[str]:
@@ -105,10 +107,21 @@ def headlines(run_id: str) -> list[str]:
         own = found.pop(METHOD)
         interval = f" [{_shown(own['low'])}, {_shown(own['high'])}]"
         others = ", ".join(f"{method} {_shown(row['lds'])}" for method, row in found.items())
-        lines.append(
-            f"LDS, {drop * 100:.3g} % removed: {_shown(own['lds'])}{interval}{f' ({others})' if others else ''}"
-        )
+        shown = f"LDS, {drop * 100:.3g} % removed: {_shown(own['lds'])}{interval}{f' ({others})' if others else ''}"
+        lines.append(f"{shown}{_few(own.get('retrainings'))}")
     return lines
+
+
+def next_line(train_run_id: str) -> str:
+    """What a description advises after a validation."""
+    return f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {train_run_id}`"
+
+
+def _few(retrainings: int | None) -> str:
+    """A warning where so few retrainings say nothing."""
+    if retrainings is None or retrainings >= report.FEW_RETRAININGS:
+        return ""
+    return f", from only {retrainings} retrainings: too few to say how well"
 
 
 def _shown(value: float | None) -> str:
@@ -193,7 +206,10 @@ def _correlations(
 
 
 def _summary(
-    table: Mapping[float, Mapping[str, Correlation]], targets: Sequence[Target], smoothness: float | None
+    table: Mapping[float, Mapping[str, Correlation]],
+    targets: Sequence[Target],
+    smoothness: float | None,
+    retrainings: Mapping[float, int],
 ) -> dict[str, Any]:
     def number(value: float) -> float | None:
         return value if np.isfinite(value) else None
@@ -206,6 +222,7 @@ def _summary(
             "low": number(found.low),
             "high": number(found.high),
             "undefined_targets": found.undefined,
+            "retrainings": retrainings[drop],
             "targets": [
                 {"target": target.id, "name": target.name}
                 | {name: number(value) for name, value in dataclasses.asdict(one).items()}
@@ -255,6 +272,7 @@ def _describe(
     influence: Influence,
     table: Mapping[float, Mapping[str, Correlation]],
     smoothness: float | None,
+    retrainings: Mapping[float, int],
     run: StageRun,
 ) -> None:
     rows: dict[str, list[Any]] = {name: [] for name in ("drop", "method", "lds", "low", "high")}
@@ -271,9 +289,10 @@ def _describe(
     found, targets = methods[METHOD], len(influence.targets)
     # The first lines are what MLflow shows before "Show more".
     text = (
-        f"**LDS {found.mean:.3f}** [{found.low:.3f}, {found.high:.3f}] with {drop:.3g} of the training examples of "
-        f"{report.markdown_text(problem.task.name)} removed: how well the scores predict what retraining without a "
-        f"random subset does (Spearman correlation over subsets, mean over {targets} target{'s' * (targets != 1)}, "
+        f"**LDS {found.mean:.3f}** [{found.low:.3f}, {found.high:.3f}]{_few(retrainings[drop])}, with {drop:.3g} of "
+        f"the training examples of {report.markdown_text(problem.task.name)} removed: how well the scores predict what "
+        f"retraining without a random subset does (Spearman correlation over subsets, mean over {targets} "
+        f"target{'s' * (targets != 1)}, "
         f"{confidence} bootstrap interval over subsets): [open the report]({ui_path(run.run_id, PAGE)}).\n\n"
         + "\n".join(lines)
         + "\n"
@@ -287,6 +306,6 @@ def _describe(
         f"\n- to look at: `{PAGE}` among the artifacts, and `figures/lds-scatter-{drop:g}.png`\n"
         f"- scores: [{influence.run_id}]({ui_path(influence.run_id)})\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
-        f"- next, which training examples to doubt: `tracked-replay suspects --train-run-id {train_run_id}`\n"
+        f"{next_line(train_run_id)}\n"
     )
     run.describe(text)

@@ -461,7 +461,7 @@ def _description(
         f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest, "
         f"derivatives {held}\n"
         f'- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores("{run_id}")`\n'
-        f"- next, how far they can be trusted: `tracked-replay lds --magic-run-id {run_id}`\n"
+        f"{names.UNTRIED} `tracked-replay lds --magic-run-id {run_id}`\n"
     )
 
 

@@ -24,6 +24,7 @@ from tracked_replay.stages.train import save_figure
 from tracked_replay.tracking import StageRun, artifacts_of, names, resolve, tag_of, ui_path
 
 SUSPECTS = "suspects/suspects.parquet"
+LONG, SHOWN_LETTERS = 1000, 60  # of a label: what is looked at, and shown
 REMOVED = "suspects/removed.parquet"
 SUMMARY = "suspects/summary.json"
 TOP = "suspects/top.txt"
@@ -153,9 +154,9 @@ def _in_words(label_names: Sequence[str], label: int, predicted: int | None, pro
     return words if probability is None else f"{words} ({probability:.0%})"
 
 
-def _one_line(text: str, limit: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+def _one_line(text: str) -> str:
+    """A name from outside, for a terminal: what turns a line around or is not seen is escaped."""
+    return report.plain_text(" ".join(text[:LONG].split()), SHOWN_LETTERS)
 
 
 def _summary(

@@ -15,6 +15,7 @@ VALIDATED_BY = f"{PREFIX}validated_by"  # of a `magic` run: the newest `lds` run
 TASK = f"{PREFIX}task"
 
 HELD = "Held against retraining:"  # begins the line of a `magic` run's description that its validation fills in
+UNTRIED = "- next, how far they can be trusted:"  # begins its last line, as long as there is no validation
 
 TRAIN = "train"
 MAGIC = "magic"

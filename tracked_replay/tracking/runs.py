@@ -25,6 +25,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
 from tracked_replay.errors import RunError
 from tracked_replay.recording import Fetch
@@ -402,20 +403,25 @@ def point_to(stage: str, run_id: str, name: str, inputs: Mapping[str, str]) -> s
         return str(run.info.run_id)
 
 
-def note_validation(magic_run_id: str, lds_run_id: str, found: str) -> None:
+def note_validation(magic_run_id: str, lds_run_id: str, found: str, page: str, next_line: str) -> None:
     """Say in a ``magic`` run's description what a validation of it found; a store that refuses is only told of.
 
     Args:
         magic_run_id: the run that is written to.
         lds_run_id: the finished validation.
         found: its result in one line.
+        page: path of its report, which knows more than the one of the ``magic`` run.
+        next_line: stands instead of the advice to validate.
     """
     run = StageRun(magic_run_id)
-    line = f"{names.HELD} {found} ([run {lds_run_id}]({ui_path(lds_run_id)}))"
-    known = re.compile(rf"^{re.escape(names.HELD)}.*$", re.MULTILINE)
+    links = f"[its report]({ui_path(lds_run_id, page)}), [run {lds_run_id}]({ui_path(lds_run_id)})"
+    line = f"{names.HELD} {found} ({links})"
+    known, untried = (re.compile(rf"^{re.escape(start)}.*$", re.MULTILINE) for start in (names.HELD, names.UNTRIED))
     try:
-        before = run.description
-        run.describe(known.sub(lambda _: line, before, count=1) if known.search(before) else f"{line}\n\n{before}")
+        before = untried.sub(lambda _: next_line, run.description)
+        after = known.sub(lambda _: line, before, count=1) if known.search(before) else f"{line}\n\n{before}"
+        if len(after) <= MAX_TAG_VAL_LENGTH:  # MLflow would cut what people wrote
+            run.describe(after)
         run.tag({names.VALIDATED_BY: lds_run_id})
     except MlflowException as error:  # perhaps somebody else's run, which must not cost the validation
         logger.warning("run %s does not say that run %s validated it: %s", magic_run_id, lds_run_id, error)

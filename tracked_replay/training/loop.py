@@ -157,8 +157,15 @@ def require_functional(setup: TrainingSetup) -> None:
     own = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     own = [tensor for tensor in own if tensor.data_ptr() not in states]
     generators = capture_generator_states()
+    before = {name: tensor.clone() for name, tensor in setup.initial.flat().items()}
     expected = setup.take(setup.initial)[0].state.flat()
     restore_generator_states(generators)
+    for name, tensor in setup.initial.flat().items():
+        if not _same_bits(tensor, before[name]):
+            raise TaskError(
+                f"the model of the task {setup.task.name} changes its tensor {name.partition('/')[2]!r} in place in a "
+                f"step, so the step is no function of the state; allowed: changes by the optimizer, and buffers"
+            )
     _require_unchanged_gradients(setup, expected)
     restore_generator_states(generators)
     kept = [tensor.detach().clone() for tensor in own]
@@ -166,15 +173,21 @@ def require_functional(setup: TrainingSetup) -> None:
         with torch.no_grad():
             for tensor in own:
                 tensor.fill_(math.nan)
-        found = setup.take(setup.initial)[0].state.flat()
-    except NumericalError:
-        found = {}
+        found = _first_step(setup)
     finally:
         with torch.no_grad():
             for tensor, values in zip(own, kept, strict=True):
                 tensor.copy_(values)
         restore_generator_states(generators)
     if not _same_tensors(found, expected):
+        again = _first_step(setup)
+        restore_generator_states(generators)
+        if not _same_tensors(again, expected):
+            raise TaskError(
+                f"the model of the task {setup.task.name} keeps something between two steps that is not in its state "
+                f"(a counter, an average, a generator of its own): a step taken twice gives two results; allowed: "
+                f"parameters and buffers"
+            )
         raise TaskError(
             f"the model of the task {setup.task.name} reads its own tensors in a step, and not those of the state, so "
             f"it would not be trained by SGD; known to do so: torch.utils.checkpoint; allowed: the model without it"
@@ -206,9 +219,7 @@ def _require_unchanged_gradients(setup: TrainingSetup, expected: Tensors) -> Non
     try:
         for hooks in all_hooks:
             hooks.clear()
-        found = setup.take(setup.initial)[0].state.flat()
-    except NumericalError:
-        found = {}
+        found = _first_step(setup)
     finally:
         for hooks, known in zip(all_hooks, kept, strict=True):
             hooks.update(known)
@@ -220,7 +231,19 @@ def _require_unchanged_gradients(setup: TrainingSetup, expected: Tensors) -> Non
 
 
 def _same_tensors(found: Tensors, expected: Tensors) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(_same_bits(found[name], expected[name]) for name in expected)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _first_step(setup: TrainingSetup) -> Tensors:
+    """The state after it; nothing where it is not finite."""
+    try:
+        return setup.take(setup.initial)[0].state.flat()
+    except NumericalError:
+        return {}
 
 
 def _device(config: Config) -> torch.device:
