@@ -95,7 +95,7 @@ TAGS = {
         "differ from one done alone, and what was found in this run",
     ),
     "process": (
-        "every run but `retraining` and those that reuse",
+        "every run but those that reuse",
         "machine, number and start of the process that made the run; a run that is RUNNING although its process is "
         "gone is closed as KILLED by the next stage on that machine",
     ),

@@ -174,8 +174,8 @@ GHOST = """class Net(nn.BatchNorm1d):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (INSTANCE_NORM, "step 5 changes the buffer '1.running_"),
-        ([(MODEL, COUNTING)], "step 5 changes the buffer 'calls', which has no adjoint here"),
+        (INSTANCE_NORM, "step 3 changes the buffer '1.running_"),
+        ([(MODEL, COUNTING)], "step 3 changes the buffer 'calls', which has no adjoint here"),
         (NO_STATISTICS, "a layer mixes examples in eval mode (BatchNorm without running statistics?)"),
     ],
 )

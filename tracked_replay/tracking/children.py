@@ -12,6 +12,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from mlflow.utils.time import get_current_time_millis
 
 from tracked_replay.tracking import names
+from tracked_replay.tracking.process import this_process
 from tracked_replay.tracking.runs import active_experiment
 
 PAGE = 1000
@@ -33,8 +34,9 @@ def record_child(
 ) -> str:
     """Record a piece of work that has ended as a child run: FINISHED, or FAILED where there is an error.
 
-    It is made when the work is over, so that an interrupted stage leaves no child RUNNING; the fingerprint is set
-    after the artifacts, so that a half-recorded child is never reused.
+    It is made when the work is over, so that an interrupted stage hardly ever leaves a child RUNNING, and has the tag
+    by which the next stage closes one that it left; the fingerprint is set after the artifacts, so that a half-recorded
+    child is never reused.
 
     Args:
         parent_run_id: the stage's run.
@@ -57,6 +59,7 @@ def record_child(
     now = get_current_time_millis()
     started = now - round(1000 * (metrics or {}).get("seconds", 0.0))
     tags = {MLFLOW_PARENT_RUN_ID: parent_run_id, names.STAGE: stage, f"{names.INPUT}train_run_id": train_run_id}
+    tags[names.PROCESS] = this_process()
     # With the call that makes the run: there may be hundreds of them.
     tags |= {key: value for key, value in ((names.TASK, task), (MLFLOW_RUN_NOTE, description)) if value}
     run_id = str(client.create_run(experiment, start_time=started, tags=tags, run_name=name).info.run_id)
