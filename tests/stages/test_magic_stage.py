@@ -337,6 +337,38 @@ def test_activation_checkpointing_is_refused_before_it_trains_something_else(sto
     assert stages() == ["magic FAILED", "train FAILED"]
 
 
+DETACHED = model(
+    "class Net(nn.Linear):\n"
+    "    def forward(self, x):\n"
+    "        found = super().forward(x)\n"
+    "        return found * found.detach().sigmoid()\n"
+    "return Net(5, 3)"
+)
+
+
+def test_derivatives_are_held_against_finite_differences_before_a_replay(store: Path) -> None:
+    run = mlflow.get_run(tr.magic(config=own_config(write_task(store)), targets="2"))
+    assert 0 < run.data.metrics["checks/derivative_deviation"] < 1e-5
+    assert "derivatives held against finite differences (" in run.data.tags["mlflow.note.content"]
+    with pytest.raises(ReplayError, match=r"^step 2: its derivative and a finite difference"):
+        tr.magic(config=own_config(write_task(store, DETACHED, name="detached.py")), targets="2")
+    assert stages() == ["magic FAILED", "magic FINISHED", "train FINISHED", "train FINISHED"]
+
+
+def test_what_cannot_be_held_against_them_is_said(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = write_task(store, model("return nn.Sequential(Float32(), nn.Linear(5, 3))"), name="float32.py")
+    path = Path(task.removesuffix(":Own"))
+    layer = "class Float32(nn.Module):\n    def forward(self, x):\n        return x @ torch.eye(5)\n\n\nclass Own("
+    path.write_text(path.read_text().replace("class Own(", layer))
+    run = mlflow.get_run(tr.magic(config=own_config(task, train__dtype="float32"), targets="2"))
+    assert "checks/derivative_deviation" not in run.data.metrics
+    assert (
+        "derivatives not held against finite differences: the model does not run in"
+        in (run.data.tags["mlflow.note.content"])
+    )
+    assert "derivatives could not be held against finite differences: the model does not run in float64" in caplog.text
+
+
 def assert_scores_are_slopes(store: Path, changes: list[tuple[str, str]]) -> None:
     config = own_config(write_task(store, *changes), replay__mode="stream", record__every=3)
     run_id = tr.magic(config=config, targets="2,5")
