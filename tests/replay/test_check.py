@@ -23,7 +23,7 @@ def checked(task: type[TinyTask], targets: list[Target] = MANY, **changes: objec
     made = task(config)
     setup = set_up(config, made, TaskData(made, config))
     before, final = states(setup, 4)
-    return check_derivatives(setup, before, final, targets, config.replay)
+    return check_derivatives(setup, before, final, targets)
 
 
 def states(setup: TrainingSetup, step: int) -> tuple[State, State]:
@@ -107,7 +107,7 @@ def test_a_large_network_with_kinks_is_passed() -> None:
     )  # fmt: skip
     task = type("Kinks", (type(setup.task),), {"model": lambda self: relu})(config)
     setup = set_up(config, task, TaskData(task, config))
-    found = check_derivatives(setup, *states(setup, 2), [Target.single(0)], config.replay)
+    found = check_derivatives(setup, *states(setup, 2), [Target.single(0)])
     assert found.deviation is not None, found.why
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from tracked_replay.config import ReplayConfig
 from tracked_replay.determinism import derive_component_seed
 from tracked_replay.errors import NumericalError, ReplayError, TrackedReplayError
 from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
@@ -49,23 +48,20 @@ class DerivativeCheck(NamedTuple):
     why: str = ""
 
 
-def check_derivatives(
-    setup: TrainingSetup, before: State, final: State, targets: Sequence[Target], config: ReplayConfig
-) -> DerivativeCheck:
+def check_derivatives(setup: TrainingSetup, before: State, final: State, targets: Sequence[Target]) -> DerivativeCheck:
     """Hold the adjoint of a step, and the derivative of a measurement, against finite differences.
 
     Args:
-        setup: of the recorded run.
+        setup: of the recorded run; its config is one without clipping.
         before: a state that a step starts from.
         final: the state after the last step.
         targets: the first is taken, or the first examples of a mean.
-        config: without clipping.
 
     Raises:
         ReplayError: a derivative is another one.
     """
     try:
-        setup64, adjoint = _in_float64(setup, config)
+        setup64, adjoint = _in_float64(setup)
         before64, final64 = _double(before), _double(final)
         attempts = {
             f"step {before.step}": partial(_step, setup64, adjoint, before64, of_statistics=False),
@@ -87,11 +83,11 @@ def check_derivatives(
     return DerivativeCheck(max(known))
 
 
-def _in_float64(setup: TrainingSetup, config: ReplayConfig) -> tuple[TrainingSetup, StepAdjoint]:
+def _in_float64(setup: TrainingSetup) -> tuple[TrainingSetup, StepAdjoint]:
     data: TaskData = copy.copy(setup.data)
     data.dtype = torch.float64
     step = replace(setup.step, model=copy.deepcopy(setup.step.model).double())
-    return replace(setup, data=data, step=step), StepAdjoint(step, config)
+    return replace(setup, data=data, step=step), StepAdjoint(step, setup.config.replay)
 
 
 def _double(state: State) -> State:

@@ -262,7 +262,7 @@ def _held_derivatives(setup: TrainingSetup, recording: Recording, targets: Seque
     before, final = (
         recording.state(checkpoint).to(setup.device) for checkpoint in (starts[len(starts) // 2], recording.final)
     )
-    found = check_derivatives(setup, before, final, targets, setup.config.replay)
+    found = check_derivatives(setup, before, final, targets)
     if found.deviation is None:
         logger.warning("derivatives could not be held against finite differences: %s", found.why)
         return f"not held against finite differences: {report.markdown_text(found.why)}"

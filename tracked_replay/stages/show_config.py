@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tracked_replay.config import Config, allowed, field_info
 from tracked_replay.errors import ConfigError
 
@@ -36,11 +34,10 @@ def _require_data_root(config: Config) -> None:
     if config.data.task != "cifar10" or not config.data.root or config.data.download:
         return
     # Imported here: other configs are shown without torch, which takes seconds to load.
-    from tracked_replay.tasks._cifar10 import _diagnosis, _torchvision_cifar10
+    from tracked_replay.tasks import missing_cifar10
 
-    dataset_class, root = _torchvision_cifar10(), Path(config.data.root).expanduser()
-    if not (root / dataset_class.base_folder).is_dir():
-        why = _diagnosis(dataset_class, root, RuntimeError("Dataset not found"))
+    why = missing_cifar10(config.data.root)
+    if why:
         raise ConfigError(f"data.root: found {config.data.root!r}; {why}")
 
 

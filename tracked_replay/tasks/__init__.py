@@ -1,7 +1,7 @@
 """Tasks: data, model, loss and measurement; the built-in ones, and the loader for a user's own."""
 
 from tracked_replay.tasks._augment import augment_images
-from tracked_replay.tasks._cifar10 import Cifar10
+from tracked_replay.tasks._cifar10 import Cifar10, missing_cifar10
 from tracked_replay.tasks._data import Batch, FlippedLabels, TaskData
 from tracked_replay.tasks._digits import Digits
 from tracked_replay.tasks._examples import Examples
@@ -23,4 +23,5 @@ __all__ = [
     "augment_images",
     "flip_labels",
     "load_task",
+    "missing_cifar10",
 ]

@@ -61,6 +61,23 @@ class Cifar10(Task):
         return Examples(torch.from_numpy(images), torch.tensor(dataset.targets, dtype=torch.int64))
 
 
+def missing_cifar10(root: str) -> str:
+    """Why a folder cannot be ``data.root`` of CIFAR-10, in a sentence; empty where it holds the data's folder.
+
+    The data themselves are not read.
+
+    Args:
+        root: the folder that is to hold ``cifar-10-batches-py``.
+
+    Raises:
+        DataError: torchvision, which knows what the folder must hold, cannot be imported.
+    """
+    dataset_class, folder = _torchvision_cifar10(), Path(root).expanduser()
+    if (folder / dataset_class.base_folder).is_dir():
+        return ""
+    return _diagnosis(dataset_class, folder, RuntimeError("Dataset not found"))
+
+
 def _torchvision_cifar10() -> Any:
     # Imported here, so that a torchvision which does not fit the installed torch harms no other task.
     try:
