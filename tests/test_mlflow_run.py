@@ -10,21 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from clones import copy_project
 
-ROOT = Path(__file__).parents[1]
 QUICK = "train.epochs=1,train.threads=1,data.train_examples=300,train.batch_size=100,data.evaluation_examples=20"
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of what `mlflow run` needs, in a folder whose path holds spaces."""
-    folder = tmp_path / "a folder" / "the project"
-    folder.mkdir(parents=True)
-    for name in ("MLproject", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("tracked_replay", "mlproject.d"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    return copy_project(tmp_path / "a folder" / "the project")
 
 
 def mlflow_run(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

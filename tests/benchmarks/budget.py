@@ -55,6 +55,7 @@ def measure(
     rows = [_row(f"short_run_{budget}MB", f"bytes written ÷ budget of {budget} MB: {said}", written, budget, size)]
     preset = Config.resolve("cifar10").override(
         {"model.width": width, "train.device": device, "train.threads": threads, "record.every": 1}
+        | {"data.train_examples": 0, "data.evaluation_examples": 0}
     )
     data = TaskData(OnlyCounted(preset), preset)
     for megabytes in numbers(budgets):

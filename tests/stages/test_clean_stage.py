@@ -549,7 +549,7 @@ def test_a_run_that_cannot_be_meant_is_one_sentence(store: Path) -> None:
         ("", "run_id: found ''; allowed: the ID of a run"),
         ("../x", "run_id: found '../x'; allowed: the ID of a run"),
         ("0" * 32, "has no such run"),
-        (deleted, f"run_id: run {deleted} is deleted; `mlflow gc` removes"),
+        (deleted, f"run_id: run {deleted} is deleted; `mlflow gc --tracking-uri URI` removes"),
         (foreign, f"run_id: run {foreign} was not made by tracked_replay"),
     ):
         with pytest.raises(RunError) as error:

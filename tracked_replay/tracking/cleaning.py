@@ -181,8 +181,8 @@ def _ended(run_id: str, parameter: str) -> Run:
     run = existing_run(run_id, parameter)
     if run.info.lifecycle_stage != "active":
         raise RunError(
-            f"{parameter}: run {run_id} is deleted; `mlflow gc` removes deleted runs with their artifacts, "
-            f"`mlflow runs restore --run-id {run_id}` brings it back"
+            f"{parameter}: run {run_id} is deleted; `mlflow gc --tracking-uri URI` removes deleted runs with their "
+            f"artifacts, `mlflow runs restore --run-id {run_id}` brings it back"
         )
     if names.STAGE not in run.data.tags:
         raise RunError(f"{parameter}: run {run_id} was not made by tracked_replay; allowed: a run of one of its stages")
