@@ -4,7 +4,7 @@
 
 Each benchmark runs in a process of its own. The result is a run of the experiment `benchmarks`: parameters say what
 machine and code it was, metrics are the medians, and among the artifacts are a figure, the tables and all rounds.
-`--quick` runs everything at toy size and leaves the page alone. The comparison with other packages, `peers`, is run
+`--quick` runs everything at toy size and leaves the page alone. `compiled` is run where `--only` names it. The comparison with other packages, `peers`, is run
 where these are installed; what it writes becomes an artifact as it is.
 """
 
@@ -34,6 +34,7 @@ ROOT = HERE.parent.parent
 PAGE = ROOT / "docs/benchmarks.md"
 EXPERIMENT = "benchmarks"
 BENCHMARKS = ("replay_cost", "recording_overhead", "scaling", "memory", "budget", "lds_throughput")
+ON_DEMAND = ("compiled",)  # minutes and a C++ compiler for one number, which decided a design
 PEERS = "peers"
 PEER_MODULES = ("dattri", "kronfluence", "trak")
 
@@ -41,8 +42,9 @@ PEER_MODULES = ("dattri", "kronfluence", "trak")
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    available = (*BENCHMARKS, *((PEERS,) if all(map(importlib.util.find_spec, PEER_MODULES)) else ()))
-    parser.add_argument("--only", default=",".join(available), help="names, with commas between them")
+    everything = (*BENCHMARKS, *((PEERS,) if all(map(importlib.util.find_spec, PEER_MODULES)) else ()))
+    available = (*everything, *ON_DEMAND)
+    parser.add_argument("--only", default=",".join(everything), help=f"with commas between: {', '.join(available)}")
     parser.add_argument("--quick", action="store_true", help="toy sizes; docs/benchmarks.md is left alone")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     options = parser.parse_args()

@@ -46,7 +46,7 @@ def test_works_are_timed_in_turn_and_every_other_round_backwards() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", run.BENCHMARKS)
+@pytest.mark.parametrize("name", [*run.BENCHMARKS, *run.ON_DEMAND])
 def test_the_page_has_one_place_for_each_table(name: str, device: str) -> None:
     page = run.PAGE.read_text(encoding="utf-8")
     facts = FACTS | {"device": device, "gpu": "a GPU"}

@@ -443,7 +443,7 @@ def run_counterfactual(
     *,
     remove: str = "",
     weights: str = "",
-    targets: str = TARGETS,
+    targets: str = "",
     magic_run_id: str = "",
     data_root: str = "",
     force: bool = False,
@@ -470,7 +470,7 @@ def run_counterfactual(
     )
     chosen: Sequence[Target] = ()
     if influence is not None:
-        influence.require_targets(targets, TARGETS, problem.data.num_evaluation)
+        influence.require_targets(targets, problem.data.num_evaluation)
     else:
-        chosen = parse_targets(targets, problem.data.num_evaluation)
+        chosen = parse_targets(targets or TARGETS, problem.data.num_evaluation)
     return counterfactual_stage(problem, influence, changed, chosen, train_run_id=train_run_id, force=force).run_id

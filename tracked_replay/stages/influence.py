@@ -72,18 +72,17 @@ class Influence:
             raise RecordingError(f"{TARGETS} must hold a list of targets with their measurements")
         return rows
 
-    def require_targets(self, text: str | int | Sequence[int], default: str, num_evaluation: int) -> None:
+    def require_targets(self, text: str | int | Sequence[int], num_evaluation: int) -> None:
         """Check that targets given beside this run are its own, in whatever order.
 
         Args:
-            text: see :func:`~tracked_replay.replay.parse_targets`; empty or ``default`` means "not given".
-            default: of the parameter.
+            text: see :func:`~tracked_replay.replay.parse_targets`; empty means "not given".
             num_evaluation: number of evaluation examples.
 
         Raises:
             ConfigError: the run has other targets.
         """
-        if isinstance(text, str) and text.strip() in ("", default):
+        if isinstance(text, str) and not text.strip():
             return
         given, own = (
             {(target.indices, target.coefficients) for target in targets}

@@ -228,7 +228,7 @@ def run_lds(
     magic_run_id: str | None = None,
     *,
     train_run_id: str | None = None,
-    targets: str | int | Sequence[int] = LDS_TARGETS,
+    targets: str | int | Sequence[int] = "",
     config: Config | None = None,
     overrides: str | Mapping[str, Any] = "",
     data_root: str | None = None,
@@ -239,7 +239,8 @@ def run_lds(
     Args:
         magic_run_id: a finished ``magic`` run; its config holds, and ``overrides`` may change ``lds.*`` only.
         train_run_id: where no ``magic`` run is named: the recorded training to replay first.
-        targets: see :func:`~tracked_replay.replay.parse_targets`; a named ``magic`` run has its own.
+        targets: see :func:`~tracked_replay.replay.parse_targets`; empty: those of the named ``magic`` run, or ``"0-7"``
+            where none is named.
         config: where no run is named: what to train; the digits preset where it is ``None``.
         overrides: changes to the config, for example ``{"lds.subsets": 24, "lds.drop": "0.01,0.05"}``.
         data_root: where the data are now.
@@ -272,6 +273,8 @@ def run_lds(
         config = open_recording(train_run_id).config
     problem = Problem.load((config or Config.resolve()).override(pairs))
     if influence is not None:
-        influence.require_targets(targets, LDS_TARGETS, problem.data.num_evaluation)
-    chosen = influence.targets if influence else parse_targets(targets, problem.data.num_evaluation)
+        influence.require_targets(targets, problem.data.num_evaluation)
+        chosen = influence.targets
+    else:
+        chosen = parse_targets(LDS_TARGETS if targets == "" else targets, problem.data.num_evaluation)
     return lds_stage(problem, influence, chosen, train_run_id=train_run_id or None, force=force).run_id

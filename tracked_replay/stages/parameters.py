@@ -15,6 +15,7 @@ from tracked_replay.errors import ConfigError
 
 TARGETS = "0"  # what influence is asked on where nothing is said
 LDS_TARGETS = "0-7"
+WHICH_TARGETS = "evaluation examples: an index, a range, a list, all, or mean:RANGE; several joined by ;"
 
 
 class CommonParameters(BaseModel):
@@ -96,11 +97,7 @@ class MagicParameters(StageParameters):
     train_run_id: str = Field(
         default="", description="a finished train run to replay; empty: find or make one", examples=["4f0c…"]
     )
-    targets: str = Field(
-        default=TARGETS,
-        description="evaluation examples: an index, a range, a list, all, or mean:RANGE; several joined by ;",
-        examples=["0-7"],
-    )
+    targets: str = Field(default=TARGETS, description=WHICH_TARGETS, examples=["0-7"])
     replay_mode: Literal["", "auto", "memory", "stream"] = Field(
         default="", description="where replayed states are kept: auto, memory or stream; empty: the preset's"
     )
@@ -126,7 +123,9 @@ class LdsParameters(MagicParameters):
     example: ClassVar[str] = "--magic-run-id RUN_ID --drop 0.01,0.05 --workers 2"
 
     targets: str = Field(
-        default=LDS_TARGETS, description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
+        default="",
+        description=f"{WHICH_TARGETS}; empty: those of the magic run, or {LDS_TARGETS} where none is named",
+        examples=["0-7"],
     )
     magic_run_id: str = Field(
         default="", description="a finished magic run to validate; empty: find or make one", examples=["9be1…"]
@@ -155,6 +154,8 @@ class MainParameters(LdsParameters):
     """Train, compute influence, and validate it, under one parent run."""
 
     example: ClassVar[str] = "--targets 0-7 --subsets 24"
+
+    targets: str = Field(default=LDS_TARGETS, description=WHICH_TARGETS, examples=["0-7"])
 
 
 class SuspectsParameters(StageParameters):
@@ -273,7 +274,9 @@ class CounterfactualParameters(StageParameters):
         default="", description="a finished magic run whose scores and targets are used; empty: targets says which"
     )
     targets: str = Field(
-        default=TARGETS, description=MagicParameters.model_fields["targets"].description, examples=["0-7"]
+        default="",
+        description=f"{WHICH_TARGETS}; empty: those of the magic run, or {TARGETS} where none is named",
+        examples=["0-7"],
     )
     remove: str = Field(
         default="",
