@@ -386,7 +386,7 @@ def test_means_by_class_are_those_of_a_plain_loop() -> None:
     rng = np.random.default_rng(4)
     scores, labels, own = rng.normal(size=(5, 40)), rng.integers(0, 3, 40), [1, 0, "mean:all", 1, 0]
     found = class_influence(scores, labels, own, ("a", "b", "c", "d"))
-    assert found.rows == [("a", 2), ("b", 2), ("mean:all", 1)]
+    assert found.rows == [("a", 2), ("b", 2), ("mean:all", 0)]
     for row, chosen in enumerate(([1, 4], [0, 3], [2])):
         for column in range(3):
             values = [scores[t, i] for t in chosen for i in range(40) if labels[i] == column]
@@ -400,6 +400,13 @@ def test_the_table_of_classes_says_its_unit_and_the_sign_in_words() -> None:
     assert "in thousandths: ▼ helps, ▲ harms." in words
     row = "▼ −2.00 : helps ▲ +0.40 : harms 0.00 : no influence – : no training example of this class"
     assert f"a 1 prediction {row}" in words
+
+
+def test_a_mean_in_the_table_of_classes_is_not_called_one_prediction() -> None:
+    classes = class_influence(np.full((2, 3), -1e-3), np.arange(3), [0, "mean:all"], ("a", "b", "c"))
+    words = document(classes=classes).words
+    assert "a 1 prediction" in words
+    assert "mean:all mean over predictions" in words
 
 
 def test_of_many_classes_the_strongest_are_shown() -> None:

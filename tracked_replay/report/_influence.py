@@ -118,7 +118,7 @@ class ClassInfluence:
     """Mean score of the training examples of each class on targets of each class.
 
     Attributes:
-        rows: name of a class of targets (or of a target that is a mean), and how many targets it has.
+        rows: name of a class of targets and how many it has, or of a target that is a mean and 0.
         columns: names of the classes of training examples.
         means: (rows, columns); NaN for a class without training examples.
     """

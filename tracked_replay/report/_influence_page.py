@@ -505,5 +505,5 @@ def class_influence(
     order = sorted(rows, key=lambda own: (1, 0) if isinstance(own, str) else (0, own))
     with np.errstate(invalid="ignore"):
         means = np.array([np.mean(rows[own], axis=0) / counts for own in order])
-    names = [(own if isinstance(own, str) else label_names[own], len(rows[own])) for own in order]
+    names = [(own, 0) if isinstance(own, str) else (label_names[own], len(rows[own])) for own in order]
     return ClassInfluence(names, list(label_names), means)
