@@ -580,9 +580,11 @@ def test_run_ids_that_do_not_belong_together(validated: tuple) -> None:
 def test_targets_beside_a_magic_run(validated: tuple) -> None:
     _, magic_run, lds_run = validated
     before = statuses()
-    for same in ("0-7", "", "3,0;mean:0-4", "mean:0-4;0;3"):
+    for same in ("", "3,0;mean:0-4", "mean:0-4;0;3"):
         assert_same_result(tr.lds(magic_run, targets=same, overrides=LDS), lds_run)
     assert statuses() == before
+    with pytest.raises(ConfigError, match=r"^targets: found '0-7', but the magic run"):
+        tr.lds(magic_run, targets="0-7", overrides=LDS)
     with pytest.raises(ConfigError, match=r"^targets: found '3', but the magic run .* has the targets 3, 0, mean:0-4"):
         tr.lds(magic_run, targets="3", overrides=LDS)
     with pytest.raises(ConfigError, match=r"^targets: found \[3, 1\], but the magic run"):
@@ -598,7 +600,7 @@ def test_a_config_beside_a_run(validated: tuple) -> None:
 
 def test_the_command_line_gives_the_run_and_says_what_it_found(validated: tuple) -> None:
     _, magic_run, lds_run = validated
-    options = ["--drop", "0.1,0.25", "--subsets", "4", "--set", "lds.resamples=100", "--targets", "0-7"]
+    options = ["--drop", "0.1,0.25", "--subsets", "4", "--set", "lds.resamples=100", "--targets", ""]
     code, out, err = command("lds", "--magic-run-id", magic_run, *options)
     assert code == 0, err
     (found,) = re.findall(r"LDS run: (\w+)", out)
