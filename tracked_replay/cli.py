@@ -115,6 +115,10 @@ def _magic(parameters: MagicParameters) -> None:
         data_root=parameters.data_root or None,
         force=parameters.force,
     )
+    from tracked_replay.stages.influence import headlines
+
+    for line in headlines(run_id):
+        click.echo(line)
     _closing("magic run", run_id, f"tracked-replay lds --magic-run-id {run_id}")
 
 
@@ -515,7 +519,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted; a run that was open is KILLED", err=True)
+        click.echo("interrupted; a run that was open is KILLED, and the same command goes on with it", err=True)
         sys.exit(130)
     except Exception as error:
         if not _is_users(error):

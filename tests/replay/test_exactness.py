@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_setup
-from torch import Tensor
+from tiny import TinyTask, slope, tiny_config, tiny_setup
+from torch import Tensor, nn
 
 from tracked_replay.config import ReplayConfig
 from tracked_replay.recording import Recorder, Recording, folder_source
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
-from tracked_replay.training import TrainingSetup, evaluate, train
+from tracked_replay.training import TrainingSetup, evaluate, set_up, train
 
 VARIANTS = {
     "plain": {"train__momentum": 0.0, "train__weight_decay": 0.0},
@@ -103,6 +103,43 @@ def unrolled(setup: TrainingSetup, targets=TARGETS) -> np.ndarray:
             for target in targets
         ]
     )
+
+
+class Sometimes(nn.Module):
+    """A layer that stands still, in eval mode or left out, in the steps of a training that ``still`` names."""
+
+    def __init__(self, kind: str, still: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kind, self.still = kind, still
+        self.norm = nn.BatchNorm2d(3, momentum=0.3, affine=False)
+        self.count = nn.BatchNorm2d(1, affine=False)  # counts the steps, in the state
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        step = int(self.count.num_batches_tracked)
+        counted = self.count(inputs[:, :1])
+        stands = self.training and step in self.still
+        if stands and self.kind == "left out":
+            return inputs + 0 * counted
+        self.norm.train(self.training and not stands)
+        return self.norm(inputs) + 0 * counted
+
+
+@pytest.mark.parametrize("still", [(8,), (1, 2, 5), (0, 4, 7)])
+@pytest.mark.parametrize("kind", ["in eval mode", "left out"])
+def test_statistics_that_stand_still_in_a_step_pass_their_cotangent_on(
+    kind: str, still: tuple[int, ...], tmp_path: Path
+) -> None:
+    class Task(TinyTask):
+        def model(self) -> nn.Module:
+            layers = list(super().model())
+            return nn.Sequential(layers[0], Sometimes(kind, still), *layers[2:])
+
+    config = tiny_config()
+    setup = set_up(config, Task(config))
+    scores = replayed(setup, recorded(setup, tmp_path))
+    for example in (0, 5, 17):
+        found = scores[0, example]
+        assert found == pytest.approx(slope(setup, example, TARGETS[0].indices[0]), rel=1e-6)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

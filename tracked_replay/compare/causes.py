@@ -73,7 +73,7 @@ def likely_causes(comparison: Comparison, *, gpu: bool = False, deterministic: b
         "seed": _seed(comparison),
         "threads": _threads(comparison),
         "lr": _lr(comparison),
-        "data": _data(comparison),
+        "data": _data(comparison, explained=explains),
         "code": _code(comparison),
         "versions": told("library versions differ: ", versions),
         "device": _device(comparison, gpu),
@@ -144,9 +144,10 @@ def _lr(comparison: Comparison) -> str:
     return _values("the learning rates are scaled differently: ", groups)
 
 
-def _data(comparison: Comparison) -> str:
+def _data(comparison: Comparison, *, explained: bool) -> str:
     found = _values("the data differ: ", _chosen(comparison.other, DATA_FACTS))
-    if comparison.first_difference == "data":
+    # Other batches are no cause where a config field asks for them.
+    if comparison.first_difference == "data" and not explained:
         seen = [row for row in comparison.trace if row.column in ("epoch", "indices", "labels")]
         if seen:
             first = min(seen, key=lambda row: row.step)

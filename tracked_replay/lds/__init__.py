@@ -2,7 +2,7 @@
 
 from tracked_replay.lds.baselines import BASELINES, baseline_scores
 from tracked_replay.lds.batched import BOUND, difference_over_spread, require_batchable, retrain_together
-from tracked_replay.lds.checks import Check, run_checks
+from tracked_replay.lds.checks import Check, require_initial_model, run_checks
 from tracked_replay.lds.correlation import MINIMUM_SUBSETS, Correlation, TargetCorrelation, correlate, predict
 from tracked_replay.lds.metasmoothness import metasmoothness
 from tracked_replay.lds.retraining import (

@@ -63,7 +63,7 @@ def run_checks(
         ("the order across epochs", lambda: _epochs(setup)),
         ("the whole sequence against the recorded trace", lambda: _sequence(setup, recording)),
         ("subset weights hit exactly the named examples", lambda: _weights(setup, subsets)),
-        ("identical initial models", lambda: _initial_models(setup, recording)),
+        ("identical initial models", lambda: require_initial_model(setup, recording)),
         ("identical config where it is shared", lambda: _configs(setup, recording, config)),
         ("recorded states against their digests", lambda: _states(setup, recording)),
         ("a retraining with all weights 1 is the recorded run", lambda: _retraining(setup, recording)),
@@ -137,7 +137,8 @@ def _weights(setup: TrainingSetup, subsets: Sequence[Subset]) -> str:
     return f"{len(subsets)} subsets"
 
 
-def _initial_models(setup: TrainingSetup, recording: Recording) -> str:
+def require_initial_model(setup: TrainingSetup, recording: Recording) -> str:
+    """Two models made here must be the one that the recorded training began with. Raises ReplayError."""
     recorded = recording.checkpoints[0].digest
     for attempt in range(2):
         model = create_deterministic_model(setup.config.seed, setup.task.model, SHARED_INSTANCE)

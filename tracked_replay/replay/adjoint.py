@@ -134,6 +134,7 @@ class StepAdjoint:
         statistics = {name: before.buffers[name].detach().requires_grad_() for name in self.model.statistics}
         weights = torch.ones(len(labels), dtype=inputs.dtype, device=inputs.device, requires_grad=True)
         loss, updated = self._forward(before, parameters, statistics, weights, inputs, labels)
+        _require_carried(before, after, [name for name in statistics if name not in updated])
         if recorded_loss is not None:
             _require_same_loss(before.step, loss, recorded_loss)
         gradients = gradient(loss, parameters, create_graph=True)
@@ -158,9 +159,12 @@ class StepAdjoint:
                 continue
             # Contiguous, whatever layout the kernels left: a cotangent that was saved and read again is so too.
             products = {name: product.contiguous() for name, product in zip(parameters, pulled, strict=False)}
+            # What a layer that stands still in this step leaves as it was passes its cotangent on.
+            carried = {name: given.statistics[name] for name in statistics if name not in updated}
+            reaching = zip(statistics, pulled[len(parameters) :], strict=False)
             result = Cotangent(
                 parameters={name: passed[name] + products[name] for name in parameters},
-                statistics=dict(zip(statistics, pulled[len(parameters) :], strict=False)),
+                statistics={name: pull + carried[name] if name in carried else pull for name, pull in reaching},
                 momentum=momentum,
             )
             results += [result] if len(chosen) == 1 else result.unstacked(len(chosen))
@@ -271,6 +275,16 @@ class StepAdjoint:
                     f"step {before.step} changes the buffer {name!r}, which has no adjoint here, so scores would be "
                     f"wrong; buffers that may change: running statistics of nn.BatchNorm1d, 2d and 3d"
                 )
+
+
+def _require_carried(before: State, after: State, names: Sequence[str]) -> None:
+    """Statistics that the differentiated step leaves alone must be those that the training left alone."""
+    for name in names:
+        if not torch.equal(before.buffers[name], after.buffers[name]):
+            raise ReplayError(
+                f"step {before.step}: the training changed the running statistics {name!r}, and the function that is "
+                f"differentiated does not; allowed: layers that are in train mode in both or in neither"
+            )
 
 
 def _sgd_adjoint(

@@ -157,12 +157,14 @@ def _step(
         for _ in range(COTANGENTS)
     ]
     along = _scaled(before.parameters, generator)
+    shift = _scaled(statistics, generator)
     if not of_statistics:
         along = _across(along, [one.parameters for one in cotangents])
     weighting = _random({"weights": ones}, generator)["weights"]
 
     def after(place: float) -> State:
-        moved = replace(before, parameters=_moved(before.parameters, along, place))
+        buffers = {**before.buffers, **_moved(statistics, shift, place)}
+        moved = replace(before, parameters=_moved(before.parameters, along, place), buffers=buffers)
         return setup.step(moved, batch.inputs, batch.labels, rates, ones + place * weighting).state
 
     def difference(place: float) -> np.ndarray:
@@ -174,7 +176,8 @@ def _step(
 
     found, scores = adjoint.pull_back(before, after(0.0), batch.inputs, batch.labels, rates, cotangents)
     derivative = [
-        _dot(one.parameters, along) + float(score @ weighting) for one, score in zip(found, scores, strict=True)
+        _dot(one.parameters, along) + _dot(one.statistics, shift) + float(score @ weighting)
+        for one, score in zip(found, scores, strict=True)
     ]
     return _Attempt(difference(distance), difference(2 * distance), np.array(derivative))
 

@@ -20,7 +20,7 @@ from tracked_replay import report
 from tracked_replay.config import Config
 from tracked_replay.errors import ConfigError, RetrainingError
 from tracked_replay.executors import InProcess
-from tracked_replay.lds import RetrainingJob, predict, require_no_empty_batch
+from tracked_replay.lds import RetrainingJob, predict, require_initial_model, require_no_empty_batch
 from tracked_replay.recording import Recording, write_aside, write_json, write_text
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import Target, combine, parse_targets
@@ -234,6 +234,7 @@ def _counterfactual_stage(
             return found
     recording = open_recording(train_run_id)
     setup = checked_setup(problem, recording)
+    require_initial_model(setup, recording)
     indices = np.array(sorted(weights), dtype=np.int64)
     values = np.array([weights[int(index)] for index in indices])
     all_weights = np.ones(problem.data.num_train)

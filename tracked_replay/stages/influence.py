@@ -18,6 +18,9 @@ from tracked_replay.replay.scores import INFLUENCE, TARGETS
 from tracked_replay.tracking import artifacts_of, input_of, names, resolve, tag_of
 
 
+HEADLINES = 8  # targets in the terminal
+
+
 @dataclass(frozen=True)
 class Influence:
     """What a ``magic`` run found.
@@ -112,6 +115,18 @@ class Influence:
             index, target = (self.table[name][int(odd[0])].as_py() for name in ("train_index", "target"))
             raise RecordingError(f"the score of training example {index} on target {target} is {scores[odd[0]]}")
         return scores.reshape(len(self.targets), -1)
+
+
+def headlines(run_id: str) -> list[str]:
+    """What a finished ``magic`` run found, a line for each of the first targets. Raises RunError, RecordingError."""
+    influence = Influence.open(run_id, "run_id")
+    lines = []
+    for target, scores in list(zip(influence.targets, influence.scores, strict=True))[:HEADLINES]:
+        found = (("lowers", int(scores.argmin()), scores.min() < 0), ("raises", int(scores.argmax()), scores.max() > 0))
+        sides = [f"example {index} {verb} it most ({scores[index]:+.3g})" for verb, index, there in found if there]
+        lines.append(f"target {target.name}: {', '.join(sides) or 'no training example has influence'}")
+    more = len(influence.targets) - HEADLINES
+    return [*lines, f"and {more} more targets"] if more > 0 else lines
 
 
 def load_scores(run_id: str) -> pa.Table:

@@ -64,6 +64,11 @@ def task_errors(config: Config) -> Iterator[None]:
     except (TrackedReplayError, MlflowException):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+            raise ConfigError(
+                f"train.batch_size: found {config.train.batch_size}, of which a BatchNorm of the model gets a single value "
+                f"a channel and has no variance; allowed: 2 or more"
+            ) from error
         place = _own_line(error)
         if config.data.task in BUILT_IN_TASKS or (isinstance(error, OSError) and not place):
             raise

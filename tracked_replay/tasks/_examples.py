@@ -20,7 +20,8 @@ class Examples:
         labels: (N,) int64.
 
     Raises:
-        DataError: no examples, lengths that differ, labels that are not int64, or inputs that hold NaN or Inf.
+        DataError: no examples, lengths that differ, labels that are not int64, complex inputs, or inputs that
+            hold NaN or Inf.
     """
 
     inputs: Tensor
@@ -41,6 +42,11 @@ class Examples:
             raise DataError(
                 f"examples: found inputs of shape {tuple(self.inputs.shape)} for {len(self.labels)} labels; "
                 "allowed: one input a label, along the first dimension"
+            )
+        if self.inputs.is_complex() or self.inputs.is_quantized:
+            raise DataError(
+                f"examples: found inputs of type {self.inputs.dtype}; allowed: a floating, integer or truth type (of "
+                f"complex numbers, torch.view_as_real has both parts)"
             )
         if len(self.labels) == 0:
             raise DataError("examples: found none; allowed: at least 1")

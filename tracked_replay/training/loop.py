@@ -139,7 +139,7 @@ def set_up(config: Config, task: Task, data: TaskData | None = None) -> Training
 def require_functional(setup: TrainingSetup) -> None:
     """Refuse a model that a step, which is given the tensors of the state, would not train as its author means.
 
-    Hooks on the model's own parameters are looked for: a step has other tensors, and never calls them. The first step
+    The task must make the same model twice. Hooks on the model's own parameters are looked for: a step has other tensors, and never calls them. The first step
     is taken without backward hooks of modules, which may look at gradients and not change them: the replay takes them
     for those of the loss. Then it is taken with NaN in the model's own tensors, which no step may read.
 
@@ -151,6 +151,7 @@ def require_functional(setup: TrainingSetup) -> None:
         NumericalError: the first step is not finite at all.
     """
     model = setup.step.model
+    _require_repeatable_model(setup)
     _require_no_parameter_hooks(model, setup.task)
     # Before the first call: torch leaves the state's tensors in a layer that stands under two names.
     states = {tensor.data_ptr() for tensor in setup.initial.flat().values()}
@@ -191,6 +192,19 @@ def require_functional(setup: TrainingSetup) -> None:
         raise TaskError(
             f"the model of the task {setup.task.name} reads its own tensors in a step, and not those of the state, so "
             f"it would not be trained by SGD; known to do so: torch.utils.checkpoint; allowed: the model without it"
+        )
+
+
+def _require_repeatable_model(setup: TrainingSetup) -> None:
+    """Retrainings start from a model that is made anew."""
+    again = create_deterministic_model(setup.config.seed, setup.task.model, SHARED_INSTANCE)
+    found, expected = initial_state(again.to(setup.device, setup.data.dtype)).flat(), setup.initial.flat()
+    if not _same_tensors(found, expected):
+        names = [name for name in expected if name not in found or not _same_bits(found[name], expected[name])]
+        raise TaskError(
+            f"{setup.task.name}.model: two calls gave two models (first difference: {names[0] if names else 'names'}), so "
+            f"no retraining would start where the training did; allowed: random numbers of Python's, NumPy's and torch's "
+            f"global generators, which are seeded before each call"
         )
 
 
