@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tiny import write_task
 
+import tracked_replay as tr
 from tracked_replay import __version__
 from tracked_replay.cli import STAGES, main
 from tracked_replay.tracking.runs import TRAINING_VIEW
@@ -210,7 +211,20 @@ def test_train_then_magic_then_both_again(store: Path, call) -> None:
     forced = call("magic", "--train-run-id", trained.run_id, "--targets", "0-1", "--force", "--replay_mode", "stream")
     assert forced.run_id not in (named.run_id, trained.run_id)
     for result in (trained, again, named, found, forced):
-        assert result.out.count("\n") == 3
+        *said, run, link, then = result.out.splitlines()
+        assert [run.partition(" run: ")[0], link.split(":")[0], then.split(":")[0]] in (
+            ["training", "look at it", "next"],
+            ["magic", "look at it", "next"],
+        )
+        scores = [] if run.startswith("training") else tr.load_scores(result.run_id).to_pylist()
+        for target, line in enumerate(said):
+            own = sorted((row["score"], row["train_index"]) for row in scores if row["target"] == target)
+            (low, helps), (high, harms) = own[0], own[-1]
+            assert line == (
+                f"target {target}: training example {helps} lowers it most ({low:+.3g}), "
+                f"training example {harms} raises it most ({high:+.3g})"
+            )
+        assert len(said) == len({row["target"] for row in scores})
     assert statuses() == ["FINISHED"] * 3
 
 

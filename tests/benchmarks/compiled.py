@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python tests/benchmarks/compiled.py [--width 0.5] [--batch 128] [--rounds 9] [--device cuda]
 
-The product is what one target needs of a step, H q and the examples' ⟨∇ℓᵢ, q⟩, as forward-over-reverse differentiation of
-plain operations (`torch.func.jvp` of `torch.func.grad`, BatchNorm written out), compiled by `torch.compile`; autograd's way,
-reverse over reverse, cannot be compiled. It leaves out the adjoint of BatchNorm's running statistics, which the replay
-has, so a complete one would cost more. Both are held against each other before they are timed, in turn in one process.
-On the CPU it needs a C++ compiler.
+The product is what one target needs of a step, H q and the examples' ⟨∇ℓᵢ, q⟩, as forward-over-reverse differentiation
+of plain operations (`torch.func.jvp` of `torch.func.grad`, BatchNorm written out), compiled by `torch.compile`;
+autograd's way, reverse over reverse, cannot be compiled. It leaves out the adjoint of BatchNorm's running statistics,
+which the replay has, so a complete one would cost more. Both are held against each other before they are timed, in turn
+in one process. On the CPU it needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class WrittenOut(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise (N, C, H, W)."""
         centred = inputs - inputs.mean((0, 2, 3), keepdim=True)
-        scale = torch.rsqrt((centred * centred).mean((0, 2, 3), keepdim=True) + self.eps) * self.weight.view(1, -1, 1, 1)
+        scale = torch.rsqrt((centred * centred).mean((0, 2, 3), keepdim=True) + self.eps) * self.weight.view(
+            1, -1, 1, 1
+        )
         return centred * scale + self.bias.view(1, -1, 1, 1)
 
 
@@ -69,9 +71,7 @@ class Product:
         return self.compiled(self.parameters, q, self.weights)
 
 
-def measure(
-    width: float = 0.5, batch: int = 128, rounds: int = 9, threads: int = 2, device: str = "cpu"
-) -> list[Row]:
+def measure(width: float = 0.5, batch: int = 128, rounds: int = 9, threads: int = 2, device: str = "cpu") -> list[Row]:
     """Compile, compare, and time in turn."""
     setup = noise_setup(width, batch, 3, threads, device, train__momentum=0.0, train__weight_decay=0.0)
     *_, record = train(setup, stop=3)

@@ -4,8 +4,8 @@
 
 Each benchmark runs in a process of its own. The result is a run of the experiment `benchmarks`: parameters say what
 machine and code it was, metrics are the medians, and among the artifacts are a figure, the tables and all rounds.
-`--quick` runs everything at toy size and leaves the page alone. `compiled` is run where `--only` names it. The comparison with other packages, `peers`, is run
-where these are installed; what it writes becomes an artifact as it is.
+`--quick` runs everything at toy size and leaves the page alone. `compiled` is run where `--only` names it. The
+comparison with other packages, `peers`, is run where these are installed; what it writes becomes an artifact as it is.
 """
 
 from __future__ import annotations

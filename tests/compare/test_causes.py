@@ -125,8 +125,7 @@ def test_kernels_that_need_not_be_deterministic_are_a_cause() -> None:
 def test_the_first_difference_decides_the_order(first: str, trace: tuple, expected: str) -> None:
     found = comparison(first, trace=trace, config=(SEED, THREADS, LR, EXAMPLES), environment=(TORCH, FLAGS))
     assert names(found)[0] == expected
-    data = {"data"} if first == "data" else set()
-    assert set(names(found)) == {"seed", "threads", "lr", "config", "versions", "processor"} | data
+    assert set(names(found)) == {"seed", "threads", "lr", "config", "versions", "processor"}
     assert set(names(found)[-3:]) == {"threads", "versions", "processor"}
 
 
@@ -154,6 +153,12 @@ def test_a_config_field_comes_before_what_follows_from_it(first: str, trace: tup
     causes = likely_causes(found)
     assert causes[0] == ("config", f"{field.name} is {field.a} in A and {field.b} in B")
     assert {cause.name for cause in causes[-3:]} == {"threads", "versions", "processor"}
+
+
+def test_other_batches_are_no_cause_where_a_field_asks_for_them() -> None:
+    assert names(comparison("data", trace=(INDICES,), config=(BATCH,))) == ["config"]
+    assert names(comparison("data", trace=(INDICES,), config=(BATCH,), other=(FINGERPRINT,))) == ["config", "data"]
+    assert names(comparison("data", trace=(INDICES,))) == ["data"]
 
 
 def test_of_several_fields_the_one_that_explains_is_named_first() -> None:

@@ -106,6 +106,11 @@ def test_methods_that_are_wrong_before_it_trains(more: str, message: str, store:
         ([], method("per_example_loss(self, o, y)", "raise RuntimeError('boo')"), "line 24: RuntimeError: boo"),
         ([], method("per_example_loss(self, o, y)", "return o[:, 0].log() * 0 - torch.inf"), "step 0: the loss is"),
         ([(MODEL, "m = nn.Linear(5, 3); m.more = nn.Parameter(torch.ones(2)); return m")], "", "the parameter 'more'"),
+        (
+            [(MODEL, "self.n = getattr(self, 'n', 0) + 1; m = nn.Linear(5, 3); m.bias.data += self.n; return m")],
+            "",
+            "calls gave two models (first",
+        ),
         ([(MODEL, "return nn.Linear(6, 3)")], "", "cannot be multiplied (16x5 and 6x3)"),
         ([(MODEL, "return nn.Linear(5, 2)")], "", "index 2 is out of bounds"),
         ([(MODEL, "m = nn.Linear(5, 3); m.bias.data.fill_(torch.nan); return m")], "", "step 0: the loss is nan"),
@@ -213,6 +218,20 @@ def test_a_config_that_does_not_fit_task_or_machine(config: dict, error: type, m
 )
 def test_a_training_that_diverges_names_step_and_tensor(config: dict, message: str, store: Path) -> None:
     refused(NumericalError, message, write_task(store), TRAINING, **config)
+
+
+@pytest.mark.parametrize("task", ["digits", "own"])
+def test_a_batch_of_which_batch_norm_sees_one_value_is_refused(task: str, store: Path) -> None:
+    norm = (MODEL, "return nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))")
+    config = {"train__batch_size": 1, "data__train_examples": 5, "data__evaluation_examples": 4}
+    name = task if task == "digits" else write_task(store, norm)
+    refused(
+        ConfigError,
+        "train.batch_size: found 1, of which a BatchNorm of the model gets a single",
+        name,
+        TRAINING,
+        **config,
+    )
 
 
 def test_an_augmentation_that_the_data_do_not_take(store: Path) -> None:

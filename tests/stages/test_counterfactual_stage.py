@@ -238,7 +238,7 @@ def test_the_same_again_is_reused_and_force_gives_the_same_bits(recorded: tuple)
     first = run_counterfactual(train_run, remove="30,2", magic_run_id=magic_run)
     before = statuses()
     assert run_counterfactual(train_run, remove="2,30", magic_run_id=magic_run) == first
-    assert run_counterfactual("", weights="2=0,30=0.0", magic_run_id=magic_run, targets="0") == first
+    assert run_counterfactual("", weights="2=0,30=0.0", magic_run_id=magic_run, targets=TARGETS) == first
     assert run_counterfactual(train_run, remove="2,30", targets=TARGETS) == first
     assert statuses() == before
     again = run_counterfactual("", remove="30,2", magic_run_id=magic_run, force=True)

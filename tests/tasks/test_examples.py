@@ -67,6 +67,7 @@ def test_subset_names_the_field_what_was_found_and_what_is_allowed(count):
         (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), "found none"),
         (torch.tensor(1.0), torch.zeros(1, dtype=torch.int64), r"shape \(\)"),
         (torch.tensor([[0.0], [float("nan")]]), torch.zeros(2, dtype=torch.int64), "NaN or Inf in 1 .* index 1"),
+        (torch.ones(2, 2) * 1j, torch.zeros(2, dtype=torch.int64), "torch.complex64; allowed: a floating, integer"),
         ([1, 2], torch.zeros(2, dtype=torch.int64), "type list"),
     ],
 )

@@ -35,6 +35,7 @@ __all__ = [
     "metasmoothness",
     "predict",
     "require_batchable",
+    "require_initial_model",
     "require_no_empty_batch",
     "require_recorded_states",
     "retrain",

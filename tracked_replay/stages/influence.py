@@ -17,7 +17,6 @@ from tracked_replay.replay import Target, parse_targets
 from tracked_replay.replay.scores import INFLUENCE, TARGETS
 from tracked_replay.tracking import artifacts_of, input_of, names, resolve, tag_of
 
-
 HEADLINES = 8  # targets in the terminal
 
 
@@ -123,7 +122,9 @@ def headlines(run_id: str) -> list[str]:
     lines = []
     for target, scores in list(zip(influence.targets, influence.scores, strict=True))[:HEADLINES]:
         found = (("lowers", int(scores.argmin()), scores.min() < 0), ("raises", int(scores.argmax()), scores.max() > 0))
-        sides = [f"example {index} {verb} it most ({scores[index]:+.3g})" for verb, index, there in found if there]
+        sides = [
+            f"training example {index} {verb} it most ({scores[index]:+.3g})" for verb, index, there in found if there
+        ]
         lines.append(f"target {target.name}: {', '.join(sides) or 'no training example has influence'}")
     more = len(influence.targets) - HEADLINES
     return [*lines, f"and {more} more targets"] if more > 0 else lines

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 import tracked_replay
 from tracked_replay.config import Config
-from tracked_replay.errors import TaskError, TrackedReplayError
+from tracked_replay.errors import ConfigError, TaskError, TrackedReplayError
 from tracked_replay.recording import write_digests
 from tracked_replay.tasks import BUILT_IN_TASKS, Task, TaskData, load_task
 from tracked_replay.tracking import StageRun, code_digest, fingerprint, names
@@ -66,8 +66,8 @@ def task_errors(config: Config) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             raise ConfigError(
-                f"train.batch_size: found {config.train.batch_size}, of which a BatchNorm of the model gets a single value "
-                f"a channel and has no variance; allowed: 2 or more"
+                f"train.batch_size: found {config.train.batch_size}, of which a BatchNorm of the model gets a single "
+                f"value a channel and has no variance; allowed: 2 or more"
             ) from error
         place = _own_line(error)
         if config.data.task in BUILT_IN_TASKS or (isinstance(error, OSError) and not place):

@@ -139,9 +139,10 @@ def set_up(config: Config, task: Task, data: TaskData | None = None) -> Training
 def require_functional(setup: TrainingSetup) -> None:
     """Refuse a model that a step, which is given the tensors of the state, would not train as its author means.
 
-    The task must make the same model twice. Hooks on the model's own parameters are looked for: a step has other tensors, and never calls them. The first step
-    is taken without backward hooks of modules, which may look at gradients and not change them: the replay takes them
-    for those of the loss. Then it is taken with NaN in the model's own tensors, which no step may read.
+    The task must make the same model twice. Hooks on the model's own parameters are looked for: a step has other
+    tensors, and never calls them. The first step is taken without backward hooks of modules, which may look at
+    gradients and not change them: the replay takes them for those of the loss. Then it is taken with NaN in the model's
+    own tensors, which no step may read.
 
     Activation checkpointing does read them: it computes forward passes again in the backward pass, when the state's
     tensors are gone from the model. The generators are left as they were.
@@ -202,9 +203,9 @@ def _require_repeatable_model(setup: TrainingSetup) -> None:
     if not _same_tensors(found, expected):
         names = [name for name in expected if name not in found or not _same_bits(found[name], expected[name])]
         raise TaskError(
-            f"{setup.task.name}.model: two calls gave two models (first difference: {names[0] if names else 'names'}), so "
-            f"no retraining would start where the training did; allowed: random numbers of Python's, NumPy's and torch's "
-            f"global generators, which are seeded before each call"
+            f"{setup.task.name}.model: two calls gave two models (first difference: {names[0] if names else 'names'}), "
+            f"so no retraining would start where the training did; allowed: random numbers of Python's, NumPy's and "
+            f"torch's global generators, which are seeded before each call"
         )
 
 
