@@ -20,7 +20,7 @@ class Examples:
         labels: (N,) int64.
 
     Raises:
-        DataError: no examples, lengths that differ, labels that are not int64, inputs that are complex or hold NaN or Inf.
+        DataError: no examples, lengths that differ, labels that are not int64, inputs that are complex, NaN or Inf.
     """
 
     inputs: Tensor
