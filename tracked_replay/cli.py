@@ -40,6 +40,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 QUIET_MLFLOW = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # set by `mlflow run`; asked for here so that MLflow need not be loaded for it
+WITHOUT_STORE = ("show_config", "compare", "verify")  # commands that may do without runs
 FIRST_WORDS, PRINTED = 60, 6000  # characters in the name and the description of a run that no stage took over
 
 logger = logging.getLogger("tracked_replay")
@@ -470,6 +471,8 @@ def _command(name: str, model: type[CommonParameters], run: Callable[[Any], _Sai
         with _code_2_for_errors() if name in VERDICTS else nullcontext(), _run_of_mlflow(name) as said:
             parameters = parse(model, values)
             _configure_logging(parameters)
+            if name not in WITHOUT_STORE:
+                _require_server()
             said += filter(None, [run(parameters)])
 
     text = f"{model.__doc__}\n\n    Example: tracked-replay {name} {model.example}"
@@ -480,6 +483,12 @@ def _command(name: str, model: type[CommonParameters], run: Callable[[Any], _Sai
 
 for _name, (_model, _run) in STAGES.items():
     cli.add_command(_command(_name, _model, _run))
+
+
+def _require_server() -> None:
+    from tracked_replay.tracking import require_server
+
+    require_server()
 
 
 def _configure_logging(parameters: CommonParameters) -> None:

@@ -22,6 +22,7 @@ from tracked_replay.tracking.runs import (
     ui_hint,
     ui_path,
 )
+from tracked_replay.tracking.server import require_server
 from tracked_replay.tracking.unused import close_unused
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "note_validation",
     "point_to",
     "record_child",
+    "require_server",
     "resolve",
     "shown_uri",
     "stage_of",
