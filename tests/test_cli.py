@@ -164,6 +164,14 @@ def test_a_users_error_is_one_line_and_leaves_no_run(
     assert statuses() == []
 
 
+def test_a_very_long_error_keeps_what_was_found_and_what_is_allowed(store, call) -> None:
+    result = call("show_config", "--set", f"train.schedule={'x' * 9000}")
+    assert result.code == 1
+    assert result.err.startswith("error: train.schedule: found 'xxx")
+    assert "allowed: " in result.err
+    assert len(result.err) < 1600
+
+
 def test_the_traceback_of_an_error_is_there_where_it_is_asked_for(store, call) -> None:
     task = write_task(store, ("return Examples(", "raise KeyError('no\\nsuch'); Examples("))
     quiet = call("train", "--set", f"data.task={task}").error

@@ -41,6 +41,7 @@ QUIET_MLFLOW = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL
 
 MADE_BY_MLFLOW = "MLFLOW_RUN_ID"  # set by `mlflow run`; asked for here so that MLflow need not be loaded for it
 WITHOUT_STORE = ("show_config", "compare", "verify")  # commands that may do without runs
+LONGEST = 1500  # characters of an error
 FIRST_WORDS, PRINTED = 60, 6000  # characters in the name and the description of a run that no stage took over
 
 logger = logging.getLogger("tracked_replay")
@@ -538,7 +539,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    words = " ".join(message.split())
+    if len(words) > LONGEST:  # what was found may be long; what is allowed stands at the end
+        words = f"{words[: LONGEST // 2]} … {words[-LONGEST // 2 :]}"
+    click.echo(f"error: {words}", err=True)
     sys.exit(code)
 
 

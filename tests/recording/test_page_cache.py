@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tracked_replay.recording.files import PageCache, write_new
+from tracked_replay.recording.files import PageCache, write_aside, write_new
 
 PAGES = 200
 
@@ -86,3 +86,14 @@ def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder").write_bytes(b"")
     with pytest.raises(NotADirectoryError):
         write_new(tmp_path / "folder" / "file", [b"content"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_an_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        write_new(path, [b"content"])
+    aside = tmp_path / "other"
+    with pytest.raises(OSError, match=rf"No space left on device: '{aside}'"):
+        write_aside(aside, lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"content"))

@@ -72,6 +72,7 @@ REPLAYING = ["magic FAILED", "train FINISHED"]
         (("examples(32, 1)", "examples(0, 1)"), DataError, "examples: found none; allowed: at least 1"),
         (("generator = ", "raise FileNotFoundError('data.csv')\n        generator = "), TaskError, "data.csv"),
         ((MODEL, "raise ValueError('no model')"), TaskError, "line 23: ValueError: no model"),
+        ((MODEL, "raise SystemExit(0)"), TaskError, "line 23: SystemExit: 0"),
         ((MODEL, "return None"), ConfigError, "model() must return a torch.nn.Module; found NoneType"),
         ((MODEL, "return lambda x: x"), ConfigError, "model() must return a torch.nn.Module; found function"),
         ((MODEL, "return nn.Flatten()"), ConfigError, "has no parameter that requires a gradient"),

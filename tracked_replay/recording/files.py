@@ -27,6 +27,9 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,9 +84,16 @@ def write_new(path: Path, parts: Sequence[bytes | memoryview], written: Callable
             raise
         path.parent.mkdir(parents=True)
         write_new(path, parts, written)
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Let an error of a full disk, which does not say so itself, name the file that was written."""
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        error.filename = str(path)
 
 
 def _write_all(file: int, parts: Sequence[bytes | memoryview]) -> None:

@@ -63,7 +63,7 @@ def task_errors(config: Config) -> Iterator[None]:
         yield
     except (TrackedReplayError, MlflowException):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             raise ConfigError(
                 f"train.batch_size: found {config.train.batch_size}, of which a BatchNorm of the model gets a single "
@@ -75,7 +75,7 @@ def task_errors(config: Config) -> Iterator[None]:
         raise TaskError(f"data.task: {config.data.task} failed{place}: {type(error).__name__}: {error}") from error
 
 
-def _own_line(error: Exception) -> str:
+def _own_line(error: BaseException) -> str:
     """Where a user's code raised an error, or called what did; nothing where none of it took part."""
     package = str(Path(tracked_replay.__file__).parent)
     libraries = (package, str(Path(traceback.__file__).parent))  # the standard library holds site-packages, too
