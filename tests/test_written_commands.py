@@ -36,9 +36,9 @@ from tracked_replay.config import preset_names
 
 DATA = os.environ.get("TRACKED_REPLAY_DATA_ROOT", "")
 TINY = {
-    "data": {"train_examples": 200, "evaluation_examples": 36},
+    "data": {"train_examples": 140, "evaluation_examples": 36},
     "model": {"width": 0.125},
-    "train": {"epochs": 2, "batch_size": 100, "device": "cpu", "threads": 1},
+    "train": {"epochs": 2, "batch_size": 70, "device": "cpu", "threads": 1},
     "record": {"every": 1},
     "lds": {"subsets": 3, "resamples": 100},
 }
