@@ -293,7 +293,10 @@ def test_an_interrupted_stage_closes_its_runs_as_killed(stage: str, number: int,
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; a run that was open is KILLED, and the same command goes on with it"
+    assert (
+        err.splitlines()[-1]
+        == "interrupted; a run that was open is KILLED; train, magic and lds go on where they were when given again"
+    )
     assert "Traceback" not in err
     assert set(statuses()) == {"KILLED"}
 

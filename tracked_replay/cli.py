@@ -529,7 +529,10 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted; a run that was open is KILLED, and the same command goes on with it", err=True)
+        click.echo(
+            "interrupted; a run that was open is KILLED; train, magic and lds go on where they were when given again",
+            err=True,
+        )
         sys.exit(130)
     except Exception as error:
         if not _is_users(error):

@@ -374,7 +374,10 @@ def test_a_reproduction_that_is_interrupted_or_fails(trained: str) -> None:
     with step_changed(2, interrupt):
         code, out, err = command("reproduce", "--run-id", trained)
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted; a run that was open is KILLED, and the same command goes on with it"
+    assert (
+        err.splitlines()[-1]
+        == "interrupted; a run that was open is KILLED; train, magic and lds go on where they were when given again"
+    )
     assert Counter(statuses()) - before == Counter(["reproduce KILLED", "train KILLED"])
     with step_changed(2, break_down):
         left = ("reproduce FAILED", "train FAILED")
