@@ -17,7 +17,7 @@ from measuring import Row, SmallImages, bytes_under, noise_setup, numbers, recor
 
 from tracked_replay.config import Config
 from tracked_replay.recording.checkpoints import FOLDER as CHECKPOINTS
-from tracked_replay.recording.journal import GENERATORS
+from tracked_replay.recording.generators import FOLDER as GENERATORS
 from tracked_replay.recording.recorder import checkpoint_distance, checkpoint_steps
 from tracked_replay.tasks import Examples, TaskData
 from tracked_replay.training import set_up

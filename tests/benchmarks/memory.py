@@ -34,7 +34,7 @@ from measuring import (
 
 from tracked_replay.recording import Recording, folder_source
 from tracked_replay.recording.checkpoints import FOLDER as CHECKPOINTS
-from tracked_replay.recording.journal import GENERATORS
+from tracked_replay.recording.generators import FOLDER as GENERATORS
 
 QUICK = {"steps": "10,20", "width": 0.125, "timed": 10, "rounds": 1, "threads": 1}
 MODES = ("memory", "stream")

@@ -221,7 +221,7 @@ def test_what_the_trace_shows_is_a_cause_by_itself() -> None:
 def test_unknown_causes_say_what_they_may_be() -> None:
     (loss,) = likely_causes(comparison("loss"))
     assert "a recorded loss differs although all states agree" in loss.text
-    (drawn,) = likely_causes(comparison("state", generators=(Difference("rng/step-000004.safetensors", "1", "2"),)))
+    (drawn,) = likely_causes(comparison("state", generators=(Difference("step 4", "1", "2"),)))
     assert "something drew random numbers between the steps" in drawn.text
     (cut,) = likely_causes(comparison("data"))
     assert "one run ends earlier" in cut.text

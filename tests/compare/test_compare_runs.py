@@ -17,7 +17,7 @@ from tracked_replay.compare.result import ULP, Tolerance
 from tracked_replay.compare.runs import Unavailable, checkpoint_states, compare_recordings, retrained_states
 from tracked_replay.errors import ConfigError, RecordingError
 from tracked_replay.recording import Recording, file_sha256, folder_source, state_digest, write_digests
-from tracked_replay.recording.checkpoints import write_manifest
+from tracked_replay.recording.checkpoints import write_checkpoint, write_manifest
 from tracked_replay.training import State
 
 
@@ -316,9 +316,9 @@ def test_generator_states_alone_make_runs_different(base: Recording, tmp_path: P
     other = record(tmp_path, change_record=draw)
     found = compare(base, other)
     assert (found.verdict, found.first_difference) == ("different", "state")
-    assert [row.name for row in found.generators] == ["rng/step-000005.safetensors"]
+    assert [row.name for row in found.generators] == ["step 5"]
     assert found.first_divergent_step == 4
-    assert "only the generator states in rng/step-000005.safetensors differ" in found.summary
+    assert "only the generator states before step 5 differ" in found.summary
     assert cause_names(found) == ["unknown"]
     ignored = compare(base, other, tolerance=Tolerance(ignore=("generators",)))
     assert ignored.verdict == "identical"
@@ -433,7 +433,7 @@ def test_a_damaged_checkpoint_is_found_where_it_is_read_or_asked_for(base: Recor
         compare(base, other)
 
 
-@pytest.mark.parametrize("name", ["rng/step-000002.safetensors", "environment/environment.json"])
+@pytest.mark.parametrize("name", ["rng/part-00000.safetensors", "environment/environment.json"])
 def test_every_file_is_checked_where_asked(tmp_path: Path, base: Recording, name: str) -> None:
     other = record(tmp_path)
     assert compare(base, other, check_files=True).verdict == "identical"
@@ -448,7 +448,12 @@ def test_a_manifest_that_does_not_fit_the_states_is_found(tmp_path: Path, base: 
     rows = list(record(tmp_path).checkpoints)
     write_manifest(tmp_path, [*rows[:place], dataclasses.replace(rows[place], digest="0" * 32), *rows[place:][1:]])
     write_digests(tmp_path)
-    with pytest.raises(RecordingError, match=f"run-b: {rows[place].file}: its state has the digest .* the manifest"):
+    with pytest.raises(RecordingError, match=f"run-b: {rows[place].file} is damaged: .*, recorded were .* {'0' * 32}$"):
+        compare(base, Recording(folder_source(tmp_path)), check_files=True)
+    other = write_checkpoint(tmp_path, dataclasses.replace(base.state(base.checkpoints[2]), step=3))
+    write_manifest(tmp_path, [*rows[:3], other, *rows[4:]])
+    write_digests(tmp_path)
+    with pytest.raises(RecordingError, match=f"run-b: {other.file}: its state has the digest .*, the trace says"):
         compare(base, Recording(folder_source(tmp_path)), check_files=True)
     write_manifest(tmp_path, rows[:-1])
     write_digests(tmp_path)

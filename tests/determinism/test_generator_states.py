@@ -14,6 +14,7 @@ from tracked_replay.determinism import (
     capture_generator_states,
     derive_component_seed,
     deterministic_context,
+    generator_state_digests,
     load_generator_states,
     restore_generator_states,
     save_generator_states,
@@ -53,11 +54,32 @@ def test_a_file_continues_every_sequence_exactly(tmp_path, stored):
     if stored:
         _draw_one_normal_each()
     path = tmp_path / "start.safetensors"
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
     first = _draw()
     assert _draw() != first
-    restore_generator_states(load_generator_states(path))
+    restore_generator_states(load_generator_states(path)[3])
     assert _draw() == first
+
+
+def test_a_file_keeps_the_moments_apart(tmp_path):
+    path = tmp_path / "several.safetensors"
+    states, drawn = {}, {}
+    for step in (0, 4, 11):
+        states[step] = capture_generator_states()
+        drawn[step] = _draw()
+        _draw_one_normal_each()
+    save_generator_states(states, path)
+    found = load_generator_states(path)
+    assert list(found) == [0, 4, 11]
+    for step in (4, 11, 0):
+        restore_generator_states(found[step])
+        assert _draw() == drawn[step]
+    digests = generator_state_digests(path)
+    assert len(set(digests.values())) == 3
+    save_generator_states({5: states[4]}, path)
+    assert generator_state_digests(path)[5] != digests[4]
+    with pytest.raises(ValueError, match="at least one"):
+        save_generator_states({}, path)
 
 
 def test_captured_states_are_copies():
@@ -84,7 +106,7 @@ def test_the_same_states_give_the_same_bytes_in_every_process(tmp_path):
         "import random, sys, numpy, torch\n"
         "from tracked_replay.determinism import capture_generator_states, save_generator_states\n"
         "random.seed(3); numpy.random.seed(3); torch.manual_seed(3); random.gauss(0, 1)\n"
-        "save_generator_states(capture_generator_states(), sys.argv[1])\n"
+        "save_generator_states({3: capture_generator_states()}, sys.argv[1])\n"
     )
     contents = set()
     for name in ("a", "b"):
@@ -95,15 +117,15 @@ def test_the_same_states_give_the_same_bytes_in_every_process(tmp_path):
 
 def test_a_file_holds_no_pickle_and_no_temporary_file_stays(tmp_path):
     path = tmp_path / "start.safetensors"
-    save_generator_states(capture_generator_states(), path)
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
+    save_generator_states({3: capture_generator_states()}, path)
     assert os.listdir(tmp_path) == ["start.safetensors"]
     assert set(safetensors.numpy.load(path.read_bytes())) >= {"python_words", "numpy_words", "torch_cpu"}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "start.safetensors"
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
     before = path.read_bytes()
 
     def full(*_: object) -> None:
@@ -112,7 +134,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(generators.os, "replace", full)
     _draw()
     with pytest.raises(OSError, match="no space"):
-        save_generator_states(capture_generator_states(), path)
+        save_generator_states({3: capture_generator_states()}, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["start.safetensors"]
 
@@ -125,7 +147,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("length", [0, 7, 8, 100, 3000, -1])
 def test_a_file_that_was_cut_is_named(tmp_path, length):
     path = tmp_path / "cut.safetensors"
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(RecordingError, match=r"cut\.safetensors"):
         load_generator_states(path)
@@ -134,7 +156,7 @@ def test_a_file_that_was_cut_is_named(tmp_path, length):
 def test_a_single_changed_byte_is_noticed_wherever_it_is(tmp_path):
     path = tmp_path / "flipped.safetensors"
     _draw_one_normal_each()
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
     content = path.read_bytes()
     for position in range(0, len(content), 37):
         damaged = bytearray(content)
@@ -147,7 +169,7 @@ def test_a_single_changed_byte_is_noticed_wherever_it_is(tmp_path):
 @pytest.mark.parametrize("key", ["python_words", "numpy_words", "torch_cpu"])
 def test_a_missing_array_is_named(tmp_path, key):
     path = tmp_path / "partial.safetensors"
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
     with safetensors.safe_open(path, framework="np") as file:
         metadata = file.metadata()
     arrays = safetensors.numpy.load(path.read_bytes())
@@ -160,7 +182,7 @@ def test_a_missing_array_is_named(tmp_path, key):
 @pytest.mark.parametrize("metadata", [None, {}, {"generator_states": "[]"}, {"generator_states": "{"}])
 def test_metadata_of_another_kind_are_refused(tmp_path, metadata):
     path = tmp_path / "foreign.safetensors"
-    save_generator_states(capture_generator_states(), path)
+    save_generator_states({3: capture_generator_states()}, path)
     arrays = safetensors.numpy.load(path.read_bytes())
     path.write_bytes(safetensors.numpy.save(arrays, metadata))
     with pytest.raises(RecordingError, match=r"foreign\.safetensors"):
@@ -171,8 +193,8 @@ def test_states_of_another_number_of_devices_restore_nothing(tmp_path):
     devices = (torch.cuda.device_count() if torch.cuda.is_available() else 0) + 1
     cuda = tuple(np.full(16, device, dtype=np.uint8) for device in range(devices))
     path = tmp_path / "cuda.safetensors"
-    save_generator_states(dataclasses.replace(capture_generator_states(), torch_cuda=cuda), path)
-    states = load_generator_states(path)
+    save_generator_states({0: dataclasses.replace(capture_generator_states(), torch_cuda=cuda)}, path)
+    states = load_generator_states(path)[0]
     assert len(states.torch_cuda) == devices
     assert all(np.array_equal(found, expected) for found, expected in zip(states.torch_cuda, cuda, strict=True))
     _draw()

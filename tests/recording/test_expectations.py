@@ -135,7 +135,7 @@ def test_a_step_without_a_checkpoint_is_told(recording: Recording, step: int) ->
     [
         ("seeds/derivations.json", lambda recording: require_expected(recording, seed=7)),
         ("environment/environment.json", lambda recording: require_expected(recording, flags={"threads": 1})),
-        ("rng/step-000008.safetensors", lambda recording: restore_generators(recording, 8)),
+        ("rng/part-00000.safetensors", lambda recording: restore_generators(recording, 8)),
     ],
 )
 def test_a_changed_file_is_found(name: str, use: Callable[[Recording], object], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-import xxhash
 from safetensors import safe_open
 from tiny import tiny_config, tiny_setup
 
@@ -18,15 +18,16 @@ from tracked_replay.determinism import load_generator_states
 from tracked_replay.errors import RecordingError, ReplayError
 from tracked_replay.recording import Recorder, Recording, folder_source, state_digest
 from tracked_replay.recording import checkpoints as checkpoint_files
-from tracked_replay.recording.files import PageCache
+from tracked_replay.recording import generators as generator_files
+from tracked_replay.recording.checkpoints import StateBuffer, checkpoint_bytes, read_checkpoint
 from tracked_replay.replay import states_backward
 from tracked_replay.training import State, train
 
 
-def record(root: Path, in_background: bool | None = None, **changes: object) -> tuple[Recording, list]:
+def record(root: Path, copy_at_once: bool | None = None, **changes: object) -> tuple[Recording, list]:
     setup = tiny_setup(**changes)
     records = []
-    with Recorder(root, setup, in_background=in_background) as recorder:
+    with Recorder(root, setup, copy_at_once=copy_at_once) as recorder:
         for step in train(setup):
             recorder.add(step)
             records.append(step)
@@ -55,8 +56,8 @@ def test_everything_is_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_same_training_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name, in_background in (("a", False), ("b", False), ("c", True)):
-        record(tmp_path / name, in_background)
+    for name, copy_at_once in (("a", False), ("b", False), ("c", True)):
+        record(tmp_path / name, copy_at_once)
     first = files(tmp_path / "a")
     for second in (files(tmp_path / "b"), files(tmp_path / "c")):
         assert first.keys() == second.keys()
@@ -78,26 +79,46 @@ def test_checkpoints_are_plain_safetensors_with_the_models_names(tmp_path: Path)
         assert not [name for name in file.keys() if name.startswith("momentum/")]  # noqa: SIM118
 
 
-def test_checkpoints_have_the_very_bytes_that_safetensors_writes(tmp_path: Path) -> None:
+def test_checkpoints_have_the_very_bytes_that_safetensors_writes_but_for_spaces(tmp_path: Path) -> None:
     mixed = {
         "b": torch.randn(3, 2).T,
         "a": torch.arange(5),
         "é": torch.tensor(True),
         "none": torch.zeros(0, 4),
         "half": torch.ones(3, dtype=torch.bfloat16),
+        "wide": torch.randn(1000, 70),
+        "aligned": torch.randn(1, dtype=torch.float64),
     }
     parameters = {name: tensor for name, tensor in mixed.items() if tensor.is_floating_point()}
     buffers = {name: tensor for name, tensor in mixed.items() if name not in parameters}
-    for step, momentum in ((0, {}), (7, parameters), (12345, parameters)):
-        state = State(step, parameters, buffers, momentum)
-        checkpoint = checkpoint_files.write_checkpoint(tmp_path, state)
-        content = (tmp_path / checkpoint.file).read_bytes()
+    even = {"w": torch.randn(8, 4)}
+    buffer = StateBuffer()
+    sizes = []
+    for state in (
+        State(0, parameters, buffers, {}),
+        State(7, parameters, buffers, parameters),
+        State(12345, parameters, buffers, parameters),
+        State(12346, {name: tensor + 1 for name, tensor in parameters.items()}, buffers, parameters),
+        State(3, even, {}, even),
+        State(4, {"none": torch.zeros(0)}, {}, {}),
+    ):
+        checkpoint = buffer.hold(state)
+        path = tmp_path / checkpoint.file
+        buffer.write(path)
+        content = path.read_bytes()
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.flat().items()}
-        assert content == safetensors.torch.save(tensors, {"step": str(step)})
-        assert (checkpoint.bytes, checkpoint.file_digest) == (len(content), xxhash.xxh3_128_hexdigest(content))
-        assert (
-            state_digest(checkpoint_files.read_checkpoint(tmp_path / checkpoint.file, checkpoint)) == checkpoint.digest
-        )
+        library = safetensors.torch.save(tensors, {"step": str(state.step)})
+        header, theirs = (one[8 : 8 + int.from_bytes(one[:8], "little")] for one in (content, library))
+        assert header.rstrip() == theirs.rstrip()
+        assert content[8 + len(header) :] == library[8 + len(theirs) :]
+        assert checkpoint.bytes == len(content) == checkpoint_bytes(state)
+        assert checkpoint.digest == state_digest(state)
+        found = read_checkpoint(path, checkpoint)
+        assert state_digest(found) == checkpoint.digest
+        assert found.flat().keys() == state.flat().keys()
+        sizes.append(len(content))
+    assert sizes[4:] == [4096, 4096]  # the files end with a page where the tensors' sizes allow it, or just before
+    assert all(-size % 4096 < 16 for size in sizes)
 
 
 def test_pixels_hold_what_the_model_saw(tmp_path: Path) -> None:
@@ -108,12 +129,16 @@ def test_pixels_hold_what_the_model_saw(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, np.stack([step.inputs.numpy() for step in records]))
 
 
-def test_generator_states_are_kept_at_every_checkpoint(tmp_path: Path) -> None:
-    record(tmp_path, record__every=4)
-    found = sorted(path.name for path in (tmp_path / "rng").iterdir())
-    assert found == [f"step-{step:06d}.safetensors" for step in (0, 4, 8, 9)]
-    for path in (tmp_path / "rng").iterdir():
-        load_generator_states(path)
+def test_generator_states_are_kept_at_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator_files, "ROWS_PER_FILE", 3)
+    recording, _ = record(tmp_path, record__every=4)
+    found = [list(load_generator_states(path)) for path in sorted((tmp_path / "rng").iterdir())]
+    assert found == [[0, 4, 8], [9]]
+    assert list(recording.generator_digests) == [0, 4, 8, 9]
+    assert sorted(path.name for path in (tmp_path / "rng").iterdir()) == [
+        "part-00000.safetensors",
+        "part-00001.safetensors",
+    ]
 
 
 def test_seed_derivations_name_every_component(tmp_path: Path) -> None:
@@ -187,22 +212,39 @@ def test_a_recomputed_state_that_differs_names_its_step(tmp_path: Path) -> None:
         list(states_backward(other, recording, "stream"))[-1:]
 
 
-@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("copy_at_once", [False, True])
 def test_an_error_while_writing_stops_the_training(
-    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copy_at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(root: Path, state: State) -> None:
-        if state.step == 3:
+    real = checkpoint_files.write_directly
+
+    def write(path: Path, memory: memoryview, size: int) -> None:
+        if path.stem == "step-000003":
             raise OSError("no space left")
+        real(path, memory, size)
 
-    real = checkpoint_files.write_checkpoint
-
-    def write(root: Path, state: State, pages: PageCache):
-        fail(root, state)
-        return real(root, state, pages)
-
-    monkeypatch.setattr(checkpoint_files, "write_checkpoint", write)
+    monkeypatch.setattr(checkpoint_files, "write_directly", write)
     with pytest.raises(OSError, match="no space left"):
-        record(tmp_path, in_background)
+        record(tmp_path, copy_at_once)
     assert not (tmp_path / "digests.json").exists()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_file_in_the_journal_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the writing is behind the training."""
+    real = checkpoint_files.write_directly
+    taken = []
+
+    def write(path: Path, memory: memoryview, size: int) -> None:
+        time.sleep(0.05)
+        lines = (tmp_path / "resume/journal.jsonl").read_bytes().count(b"\n")
+        assert path.stem == f"step-{lines:06d}"
+        real(path, memory, size)
+        taken.append(lines)
+
+    monkeypatch.setattr(checkpoint_files, "write_directly", write)
+    recording, records = record(tmp_path)
+    assert taken == list(range(10))
+    assert [state_digest(recording.state(one)) for one in recording.checkpoints[:-1]] == [
+        state_digest(step.before) for step in records
+    ]

@@ -19,9 +19,11 @@ from tiny import tiny_config, tiny_setup
 
 import tracked_replay as tr
 from tracked_replay.config import Config
+from tracked_replay.determinism import load_generator_states
 from tracked_replay.errors import ConfigError, NumericalError, RecordingError, ReplayError
 from tracked_replay.recording import Checkpoint, Recorder, Recording, recorder
-from tracked_replay.recording.recorder import BESIDE_A_STATE, MANIFEST_BYTES, checkpoint_bytes, checkpoint_distance
+from tracked_replay.recording.checkpoints import checkpoint_bytes
+from tracked_replay.recording.recorder import BESIDE_A_STATE, MANIFEST_BYTES, checkpoint_distance
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target, choose_plan, require_budget, states_backward
 from tracked_replay.replay.plan import least_states
 from tracked_replay.training import State, TrainingSetup
@@ -281,7 +283,7 @@ def on_disk(root: Path) -> int:
 
 
 def kept_steps(root: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step-")) for path in (root / "rng").iterdir())
+    return sorted(step for path in (root / "rng").iterdir() for step in load_generator_states(path))
 
 
 def bound(setup: TrainingSetup, every: int) -> int:
@@ -315,29 +317,29 @@ def test_a_recording_keeps_within_its_budget_of_disk_with_as_many_states_as_fit(
     assert {1, steps} <= distances
 
 
-def test_the_sizes_that_are_counted_on_are_those_of_the_files_or_a_little_more(tmp_path: Path) -> None:
+def test_the_sizes_that_are_counted_on_are_those_of_the_files_and_for_generators_no_less(tmp_path: Path) -> None:
     setup = setup_of()
     recording = recorded(setup, tmp_path)
     for checkpoint in recording.checkpoints:
         state = recording.state(checkpoint)
         counted = checkpoint_bytes(state)
-        assert checkpoint.bytes <= counted <= checkpoint.bytes + 32 * (len(state.flat()) + 1)
+        assert checkpoint.bytes == counted
         assert counted <= bound(setup, STEPS)
-    most = max(path.stat().st_size for path in (tmp_path / "rng").iterdir())
+    generators = sum(path.stat().st_size for path in (tmp_path / "rng").iterdir())
     count = len(recording.checkpoints)
     manifest = (tmp_path / "checkpoints/manifest.parquet").stat().st_size
-    assert count * most + manifest <= count * BESIDE_A_STATE + MANIFEST_BYTES
+    assert generators + manifest <= count * BESIDE_A_STATE + MANIFEST_BYTES
 
 
 def test_the_manifest_of_many_states_is_counted_in(tmp_path: Path) -> None:
     rows = []
     for step in range(20_000):
-        digests = [np.random.default_rng((step, salt)).bytes(16).hex() for salt in (1, 2)]
-        rows.append(Checkpoint(step, f"checkpoints/step-{step:06d}.safetensors", *digests, 10**9 + step))
+        digest = np.random.default_rng(step).bytes(16).hex()
+        rows.append(Checkpoint(step, f"checkpoints/step-{step:06d}.safetensors", digest, 10**9 + step))
     for count in (2, 100, 20_000):
         recorder.checkpoints.write_manifest(tmp_path, rows[:count])
         size = (tmp_path / "checkpoints/manifest.parquet").stat().st_size
-        assert size <= MANIFEST_BYTES + count * (BESIDE_A_STATE - 12_000)  # the generators' files have 11 KB
+        assert size <= MANIFEST_BYTES + count * (BESIDE_A_STATE - 12_000)  # the generators take 10 KB
 
 
 def test_the_same_config_keeps_the_same_states_whatever_the_generators_are_at(tmp_path: Path) -> None:

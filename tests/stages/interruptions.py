@@ -207,17 +207,16 @@ def moving(end: str, count: int = 1) -> None:
 
 def _half_a_file(end: str) -> None:
     """Die when half of a recorded file whose path ends so is in its place."""
-    files, checkpoints = _module("recording.files"), _module("recording.checkpoints")
-    real = files.write_new
+    checkpoints = _module("recording.checkpoints")
+    real = checkpoints.write_directly
 
-    def write_new(path: Path, parts: Any, written: Any = None) -> None:
+    def write_directly(path: Path, memory: memoryview, size: int) -> None:
         if str(path).endswith(end):
-            content = b"".join(parts)
-            real(path, [content[: len(content) // 2]])
+            real(path, memory, size // 2)
             die()
-        real(path, parts, written)
+        real(path, memory, size)
 
-    files.write_new = checkpoints.write_new = write_new
+    checkpoints.write_directly = write_directly
 
 
 def _written(step: int) -> None:
@@ -235,16 +234,22 @@ def _written(step: int) -> None:
 
 
 def _half_a_line(step: int) -> None:
-    from tracked_replay.recording.journal import Journal, _line
+    from tracked_replay.recording.journal import Journal
 
-    def append(self: Journal, row: Any) -> None:
-        line = _line(row)
-        self._stream.write(line[: len(line) // 2] if row.step == step else line)
-        self._stream.flush()
-        if row.step == step:
+    real = Journal.append
+
+    def append(self: Journal, line: bytes) -> None:
+        if _is_of(line, step):
+            real(self, line[: len(line) // 2])
             die()
+        real(self, line)
 
     Journal.append = append  # type: ignore[method-assign]
+
+
+def _is_of(line: bytes, step: int) -> bool:
+    """Whether a line of the journal is that of a step."""
+    return bool(json.loads(line)[0] == step)
 
 
 def _half_the_metrics(epoch: int) -> None:
@@ -274,15 +279,15 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "taken": lambda step: before(_recorder(), "add", lambda _, record: record.before.step == step),
     "handed over": lambda step: after(_recorder(), "add", lambda _, record: record.before.step == step),
     "written": _written,
-    "generators": lambda step: _half_a_file(f"rng/step-{step:06d}.safetensors"),
     "checkpoint": lambda step: _half_a_file(f"checkpoints/step-{step:06d}.safetensors"),
-    "line": lambda step: before(_module("recording.journal").Journal, "append", lambda _, row: row.step == step),
+    "line": lambda step: before(_module("recording.journal").Journal, "append", lambda _, line: _is_of(line, step)),
     "half a line": _half_a_line,
     # The end of an epoch, and of the training.
     "evaluation": lambda step: before(_module("stages.train"), "evaluate", lambda _, state: state.step == step),
     "evaluated": lambda step: after(_module("stages.train"), "evaluate", lambda _, state: state.step == step),
     "half the metrics": _half_the_metrics,
     "figure": lambda _: before(_module("stages.train"), "_figure"),
+    "generators": lambda _: moving("rng/part-00000.safetensors"),
     "digests": lambda _: before(_module("recording.recorder"), "write_digests"),
     "digested": lambda _: after(_module("recording.recorder"), "write_digests"),
     "publishing": lambda _: before(_module("tracking").Workspace, "publish"),

@@ -30,7 +30,7 @@ TRAIN_FILES = {
     "checkpoints/manifest.parquet": 10,
     "checkpoints/step-000000.safetensors": 4000,
     "checkpoints/step-000002.safetensors": 4000,
-    "rng/step-000000.safetensors": 700,
+    "rng/part-00000.safetensors": 700,
     "trace/part-00000.parquet": 300,
     "config/config.toml": 20,
     "figures/training.png": 50,

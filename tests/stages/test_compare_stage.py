@@ -265,9 +265,9 @@ def test_damage_in_what_is_always_read_is_named(name: str, base: str, again: str
 
 
 def test_damage_in_a_matrix_is_named_too(base: str, again: str, seeded: str) -> None:
-    with flipped(folder_of(again) / "rng/step-000003.safetensors"):
+    with flipped(folder_of(again) / "rng/part-00000.safetensors"):
         sentence = refused("--run-a", base, "--run-b", f"{seeded},{again}", "--check-files", failed=True)
-    assert sentence.startswith(f"{again}: rng/step-000003.safetensors is damaged: ")
+    assert sentence.startswith(f"{again}: rng/part-00000.safetensors is damaged: ")
     code, _, run_id = compare(base, f"{again},{seeded}", "--check-files")
     assert code == 1
     assert content_of(run_id, "compare/1-2.json")["summary"].endswith(stage.CHECKED)
@@ -348,11 +348,11 @@ def test_the_files_of_a_run_that_is_given_twice_are_checked_where_asked(base: st
     code, _, run_id = compare(base, base, "--check-files")
     assert code == 0
     assert content_of(run_id)["summary"] == f"{stage.SAME_RUN}. {stage.CHECKED}"
-    with flipped(folder_of(again) / "rng/step-000003.safetensors"):
+    with flipped(folder_of(again) / "rng/part-00000.safetensors"):
         assert compare(again, again)[0] == 0
         for others in (again, f"{again},{again}"):
             sentence = refused("--run-a", again, "--run-b", others, "--check-files", failed=True)
-            assert sentence.startswith(f"{again}: rng/step-000003.safetensors is damaged: ")
+            assert sentence.startswith(f"{again}: rng/part-00000.safetensors is damaged: ")
     _, _, run_id = compare(base, f"{again},{again}", "--check-files")
     assert content_of(run_id, "compare/2-3.json")["summary"] == f"{stage.SAME_RUN}. {stage.CHECKED}"
 

@@ -223,13 +223,13 @@ def test_what_a_certificate_is_not_checked_for_is_refused(reproduced: str) -> No
 
 def test_a_damaged_recording_is_not_trained_again(task: str, store: Path) -> None:
     trained = tr.train(own_config(write_task(store)))
-    path = folder_of(trained) / "rng/step-000000.safetensors"
+    path = folder_of(trained) / "rng/part-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     code, _, err = command("reproduce", "--run-id", trained)
     assert code == 2
-    assert "rng/step-000000.safetensors is damaged" in err
+    assert "rng/part-00000.safetensors is damaged" in err
     assert statuses() == ["train FINISHED"]
 
 

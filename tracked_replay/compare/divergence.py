@@ -99,9 +99,8 @@ def _gap_text(pair: Pair, state: int) -> str:
 def _divergent_generators(pair: Pair) -> Divergence | None:
     if "generators" in pair.tolerance.ignore or not pair.generators:
         return None
-    name = pair.generators[0].name
-    state = state_number(name)
-    return Divergence(max(state - 1, 0), "state", f"only the generator states in {name} differ", state)
+    state = state_number(pair.generators[0].name)
+    return Divergence(max(state - 1, 0), "state", f"only the generator states before step {state} differ", state)
 
 
 def _end_of_one(pair: Pair) -> Divergence | None:

@@ -18,7 +18,6 @@ from tracked_replay.recording import Recording
 from tracked_replay.training.state import BUFFERS, MOMENTUM, PARAMETERS
 
 ASPECTS = ("data", "lr", "loss", "generators")  # what a tolerance can leave out besides tensors
-GENERATORS = "rng/"
 
 
 class Columns(NamedTuple):
@@ -156,10 +155,15 @@ class Pair:
 
     @cached_property
     def generators(self) -> tuple[Difference, ...]:
-        """Generator states that both runs kept and that differ."""
-        a, b = self.a.digests, self.b.digests
-        common = sorted((name for name in a if name.startswith(GENERATORS) and name in b), key=state_number)
-        return tuple(Difference(name, a[name], b[name]) for name in common if a[name] != b[name])
+        """Generator states that both runs kept and that differ, by the step that they stand before."""
+        if self.a.generator_files == self.b.generator_files:
+            return ()
+        found = []
+        for recording, name in zip((self.a, self.b), self.names, strict=True):
+            with naming(name):
+                found.append(recording.generator_digests)
+        a, b = found
+        return tuple(Difference(f"step {step}", a[step], b[step]) for step in a if step in b and a[step] != b[step])
 
     @property
     def tensors_decide(self) -> bool:
@@ -177,5 +181,5 @@ def naming(name: str) -> Iterator[None]:
 
 
 def state_number(name: str) -> int:
-    """4 of ``rng/step-000004.safetensors``."""
-    return int(name.removesuffix(".safetensors").rpartition("-")[2])
+    """4 of ``step 4``, a name among :attr:`Pair.generators`."""
+    return int(name.rpartition(" ")[2])

@@ -168,7 +168,8 @@ class Comparison:
         first_tensors: tensors that differ in the state after the first divergent step (before the first step, where
             the initial states differ).
         trace: columns of the batch trace that differ.
-        generators: generator states by file name that differ (SHA-256 of the files).
+        generators: generator states that differ: of runs by the step that they stand before (their digests), of files
+            by file name (SHA-256 of the files).
         seeds, config, environment, other: values that differ; ``other`` holds code digest, data fingerprint and the
             like.
         drift: distance of the states along the training.

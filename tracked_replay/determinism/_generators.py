@@ -6,9 +6,10 @@ import logging
 import os
 import random
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from tracked_replay.errors import ConfigError, RecordingError, ReplayError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _MT_WORDS = 624
 _METADATA_KEY = "generator_states"
-_SCALARS = ("numpy_cached_gaussian", "numpy_has_gauss", "numpy_position", "python_gauss_next", "python_version")
 
 
 def _cuda_reachable() -> bool:
@@ -84,6 +84,14 @@ class GeneratorStates:
     torch_cuda: tuple[np.ndarray, ...] = ()
 
 
+@lru_cache(maxsize=1)
+def _array(words: tuple[int, ...]) -> np.ndarray:
+    """The same array for equal words, which is the case where nothing draws from Python's generator."""
+    array = np.array(words, dtype=np.uint32)
+    array.flags.writeable = False
+    return array
+
+
 def capture_generator_states() -> GeneratorStates:
     """Capture the states of Python's, NumPy's legacy global, Torch's CPU and all CUDA generators.
 
@@ -103,7 +111,7 @@ def capture_generator_states() -> GeneratorStates:
     cuda = torch.cuda.get_rng_state_all() if _cuda_reachable() else []
     return GeneratorStates(
         python_version=version,
-        python_words=np.array(words, dtype=np.uint32),
+        python_words=_array(words),
         python_gauss_next=gauss_next,
         numpy_words=np.array(legacy["state"]["key"], dtype=np.uint32),
         numpy_position=int(legacy["state"]["pos"]),
@@ -184,9 +192,20 @@ def _arrays_of(states: GeneratorStates) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _digest(arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and bytes of the arrays and over the scalars."""
-    sha = hashlib.sha256(json.dumps(scalars, sort_keys=True).encode("utf-8"))
+def _scalars_of(states: GeneratorStates) -> dict[str, Any]:
+    gauss = states.python_gauss_next
+    return {
+        "numpy_cached_gaussian": states.numpy_cached_gaussian.hex(),
+        "numpy_has_gauss": states.numpy_has_gauss,
+        "numpy_position": states.numpy_position,
+        "python_gauss_next": None if gauss is None else gauss.hex(),
+        "python_version": states.python_version,
+    }
+
+
+def _digest(step: int, arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> str:
+    """SHA-256 over the step, names, types, shapes and bytes of the arrays, and over the scalars."""
+    sha = hashlib.sha256(json.dumps({"step": step, **scalars}, sort_keys=True).encode("utf-8"))
     for name in sorted(arrays):
         array = arrays[name]
         sha.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
@@ -194,110 +213,129 @@ def _digest(arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def generator_states_bytes(states: GeneratorStates) -> bytes:
-    """Generator states as a safetensors file, the same bytes for the same states.
+def save_generator_states(states: Mapping[int, GeneratorStates], path: str | os.PathLike[str]) -> None:
+    """Write generator states of several moments as a safetensors file, the same bytes for the same states.
 
-    The tensors are ``python_words``, ``numpy_words``, ``torch_cpu`` and ``torch_cuda.{device}``. The metadata has one
-    key, ``generator_states``: JSON with the format number, the scalars (floats as `float.hex` strings, which are
-    exact) and a SHA-256 of all content, by which a file that was cut short is told.
-
-    Args:
-        states: what to write.
-    """
-    arrays = _arrays_of(states)
-    gauss = states.python_gauss_next
-    scalars = {
-        "numpy_cached_gaussian": states.numpy_cached_gaussian.hex(),
-        "numpy_has_gauss": states.numpy_has_gauss,
-        "numpy_position": states.numpy_position,
-        "python_gauss_next": None if gauss is None else gauss.hex(),
-        "python_version": states.python_version,
-    }
-    # One key only: safetensors writes several metadata keys in an order that changes from process to process.
-    description = {"digest": _digest(arrays, scalars), "format": _FORMAT, "scalars": scalars}
-    return safetensors.numpy.save(arrays, {_METADATA_KEY: json.dumps(description, sort_keys=True)})
-
-
-def save_generator_states(states: GeneratorStates, path: str | os.PathLike[str]) -> None:
-    """Write generator states as a file; see `generator_states_bytes`. It is written beside its place and moved there.
+    The tensors are ``python_words``, ``numpy_words``, ``torch_cpu`` and ``torch_cuda.{device}``, one row a moment in
+    the order of the steps. The metadata have one key, ``generator_states``: JSON with the format number and ``rows``,
+    each with its ``step``, the scalars (floats as `float.hex` strings, which are exact) and ``digest``, a SHA-256 over
+    the row. The file is written beside its place and moved there.
 
     Args:
-        states: what to write.
+        states: by step; all with tensors of the same shapes.
         path: the file; its folder must exist.
 
     Raises:
+        ValueError: there are none, or their shapes differ.
         OSError: the file cannot be written.
     """
+    steps = sorted(states)
+    arrays = [_arrays_of(states[step]) for step in steps]
+    stacked = {name: np.stack([row[name] for row in arrays]) for name in arrays[0]} if steps else {}
+    if not steps or any(row.keys() != stacked.keys() for row in arrays):
+        raise ValueError("generator states of a file must be of the same generators, and at least one")
+    rows = []
+    for step, row in zip(steps, arrays, strict=True):
+        scalars = _scalars_of(states[step])
+        rows.append({"step": step, "digest": _digest(step, row, scalars), "scalars": scalars})
+    # One key only: safetensors writes several metadata keys in an order that changes from process to process.
+    description = json.dumps({"format": _FORMAT, "rows": rows}, sort_keys=True)
     target = Path(path)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         with aside.open("xb") as file:
-            file.write(generator_states_bytes(states))
+            file.write(safetensors.numpy.save(stacked, {_METADATA_KEY: description}))
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def load_generator_states(path: str | os.PathLike[str]) -> GeneratorStates:
+def load_generator_states(path: str | os.PathLike[str]) -> dict[int, GeneratorStates]:
     """Read generator states that `save_generator_states` wrote.
 
     Args:
         path: the file.
 
     Returns:
-        The states, bit for bit as they were saved.
+        The states by step, bit for bit as they were saved.
 
     Raises:
-        RecordingError: the file is missing, is no safetensors file, lacks a key or does not match its digest; the
+        RecordingError: the file is missing, is no safetensors file, lacks a key or does not match its digests; the
             message names the path.
     """
+    with _reading(path) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+        return _states_of(arrays, _rows_of(file))
+
+
+def generator_state_digests(path: str | os.PathLike[str]) -> dict[int, str]:
+    """The digest of each row of a file of generator states by its step, as they were saved.
+
+    Raises:
+        RecordingError: as `load_generator_states`, but for digests that do not fit.
+    """
+    with _reading(path) as file:
+        return {int(row["step"]): str(row["digest"]) for row in _rows_of(file)}
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A safetensors file that is open; what goes wrong with it is said as a RecordingError that names it."""
     target = Path(path)
     try:
         with safetensors.safe_open(target, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
-        return _states_of(arrays, metadata)
+            yield file
     except KeyError as error:
         raise RecordingError(f"{target}: the generator states lack the key {error}") from error
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise RecordingError(f"{target}: cannot be read as generator states: {error}") from error
 
 
-def _states_of(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> GeneratorStates:
-    """Assemble the states of a file; raises KeyError, ValueError or TypeError on anything that is not as written."""
-    description = json.loads(metadata[_METADATA_KEY])
+def _rows_of(file: Any) -> list[dict[str, Any]]:
+    description = json.loads((file.metadata() or {})[_METADATA_KEY])
     if not isinstance(description, dict):
         raise ValueError("the metadata is no JSON object")
     if description["format"] != _FORMAT:
         raise ValueError(f"format {description['format']!r} is not known, only {_FORMAT}")
-    scalars = description["scalars"]
-    if not isinstance(scalars, dict):
-        raise ValueError("the scalars are no JSON object")
-    for name in _SCALARS:
-        scalars[name]
-    _check_array(arrays, "python_words", np.uint32, _MT_WORDS + 1)
-    _check_array(arrays, "numpy_words", np.uint32, _MT_WORDS)
-    _check_array(arrays, "torch_cpu", np.uint8, None)
-    cuda_count = len(arrays) - 3
-    for device in range(cuda_count):
-        _check_array(arrays, f"torch_cuda.{device}", np.uint8, None)
-    if _digest(arrays, scalars) != description["digest"]:
-        raise ValueError("the content does not match its digest")
-    gauss = scalars["python_gauss_next"]
-    return GeneratorStates(
-        python_version=int(scalars["python_version"]),
-        python_words=arrays["python_words"],
-        python_gauss_next=None if gauss is None else float.fromhex(gauss),
-        numpy_words=arrays["numpy_words"],
-        numpy_position=int(scalars["numpy_position"]),
-        numpy_has_gauss=int(scalars["numpy_has_gauss"]),
-        numpy_cached_gaussian=float.fromhex(scalars["numpy_cached_gaussian"]),
-        torch_cpu=arrays["torch_cpu"],
-        torch_cuda=tuple(arrays[f"torch_cuda.{device}"] for device in range(cuda_count)),
-    )
+    rows = description["rows"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("the rows are no list of JSON objects")
+    return rows
 
 
-def _check_array(arrays: dict[str, np.ndarray], name: str, dtype: type[np.generic], size: int | None) -> None:
+def _states_of(arrays: dict[str, np.ndarray], rows: list[dict[str, Any]]) -> dict[int, GeneratorStates]:
+    """Assemble the states of a file; raises KeyError, ValueError or TypeError on anything that is not as written."""
+    _check_array(arrays, "python_words", np.uint32, len(rows), _MT_WORDS + 1)
+    _check_array(arrays, "numpy_words", np.uint32, len(rows), _MT_WORDS)
+    _check_array(arrays, "torch_cpu", np.uint8, len(rows))
+    devices = len(arrays) - 3
+    for device in range(devices):
+        _check_array(arrays, f"torch_cuda.{device}", np.uint8, len(rows))
+    found = {}
+    for place, row in enumerate(rows):
+        step, scalars = int(row["step"]), row["scalars"]
+        if not isinstance(scalars, dict):
+            raise ValueError("the scalars are no JSON object")
+        if _digest(step, {name: array[place] for name, array in arrays.items()}, scalars) != row["digest"]:
+            raise ValueError("the content does not match its digest")
+        gauss = scalars["python_gauss_next"]
+        found[step] = GeneratorStates(
+            python_version=int(scalars["python_version"]),
+            python_words=arrays["python_words"][place],
+            python_gauss_next=None if gauss is None else float.fromhex(gauss),
+            numpy_words=arrays["numpy_words"][place],
+            numpy_position=int(scalars["numpy_position"]),
+            numpy_has_gauss=int(scalars["numpy_has_gauss"]),
+            numpy_cached_gaussian=float.fromhex(scalars["numpy_cached_gaussian"]),
+            torch_cpu=arrays["torch_cpu"][place],
+            torch_cuda=tuple(arrays[f"torch_cuda.{device}"][place] for device in range(devices)),
+        )
+    return found
+
+
+def _check_array(
+    arrays: dict[str, np.ndarray], name: str, dtype: type[np.generic], rows: int, size: int | None = None
+) -> None:
     array = arrays[name]
-    if array.dtype != dtype or array.ndim != 1 or (size is not None and array.size != size):
+    if array.dtype != dtype or array.ndim != 2 or len(array) != rows or (size is not None and array.shape[1] != size):
         raise ValueError(f"{name} has type {array.dtype} and shape {array.shape}")

@@ -13,21 +13,32 @@ import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import torch
-import xxhash
+from torch import Tensor
 
 from tracked_replay.errors import RecordingError
-from tracked_replay.recording.files import PageCache, bits, content_digest, state_digest, write_aside, write_new
-from tracked_replay.training.state import State
+from tracked_replay.recording.files import (
+    PAGE,
+    digest_line,
+    page_memory,
+    parts_digest,
+    state_digest,
+    write_aside,
+    write_directly,
+)
+from tracked_replay.training.state import State, Tensors
 
 FOLDER = "checkpoints"
 MANIFEST = f"{FOLDER}/manifest.parquet"
+
+ALIGNMENT = 16  # bytes that the tensors begin at a multiple of: the largest element there is
+
+Shapes = tuple[tuple[str, torch.dtype, torch.Size], ...]  # of all tensors of a state, in its order
 
 MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
         pa.field("file", pa.string(), nullable=False),
         pa.field("digest", pa.string(), nullable=False),
-        pa.field("file_digest", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
     ]
 )
@@ -41,14 +52,12 @@ class Checkpoint:
         step: steps taken before the state was saved.
         file: path inside the run's artifacts.
         digest: :func:`~tracked_replay.recording.files.state_digest` of the state.
-        file_digest: xxh3-128 of the file's bytes.
         bytes: size of the file.
     """
 
     step: int
     file: str
     digest: str
-    file_digest: str
     bytes: int
 
 
@@ -57,61 +66,125 @@ def checkpoint_file(step: int) -> str:
     return f"{FOLDER}/step-{step:06d}.safetensors"
 
 
-def write_checkpoint(root: Path, state: State, pages: PageCache | None = None) -> Checkpoint:
-    """Save a state under ``root/checkpoints``; the same state always gives the same bytes.
+def checkpoint_bytes(state: State) -> int:
+    """Size of a state's checkpoint file."""
+    return len(header_bytes(state.step, _shapes(state.flat()))) + state.nbytes
 
-    The file is not moved into place: it counts from when the manifest or the journal names it. Its bytes are those of
-    ``safetensors.torch.save``, written from the tensors' own memory; the library first makes a copy of all of it.
 
-    Args:
-        root: the recording's folder.
-        state: on any device.
-        pages: lets go of the file where one is given.
+def _shapes(tensors: Tensors) -> Shapes:
+    return tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+
+
+def header_bytes(step: int, shapes: Shapes) -> bytes:
+    """What stands before the tensors in a checkpoint file.
+
+    It ends with spaces, as the format allows, so many that the file ends with a page where that can be.
     """
-    file = checkpoint_file(state.step)
-    content = {name: bits(tensor) for name, tensor in state.flat().items()}
-    rows, order = _layout(tuple((name, tensor.dtype, tensor.shape) for name, tensor in state.flat().items()))
+    rows, _, size = _layout(shapes)
     # One metadata entry only: safetensors writes several in an order that changes from process to process.
-    header = f'{{"__metadata__":{{"step":"{state.step}"}},{rows}'.encode()
-    header += b" " * (-len(header) % 8)
-    parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little") + header, *(content[name] for name in order)]
-    write_new(root / file, parts, None if pages is None else pages.let_go)
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part)
-    size = sum(len(part) for part in parts)
-    return Checkpoint(state.step, file, state_digest(state, content), digest.hexdigest(), size)
+    text = f'{{"__metadata__":{{"step":"{step}"}},{rows}'.encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text) + size) % PAGE // ALIGNMENT * ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 @lru_cache(maxsize=2)  # before and after the first step, which makes the momentum
-def _layout(shapes: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[str, list[str]]:
+def _layout(shapes: Shapes) -> tuple[str, list[str], int]:
     """What safetensors itself says about tensors of such shapes in a file's header, and their order in the file.
 
     Returns:
-        The header's JSON after the metadata's comma, and the tensors' names.
+        The header's JSON after the metadata's comma, the tensors' names, and the bytes that they take.
     """
     content = safetensors.torch.save({name: torch.empty(shape, dtype=dtype) for name, dtype, shape in shapes})
-    rows = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    length = int.from_bytes(content[:8], "little")
+    rows = json.loads(content[8 : 8 + length])
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
-    return text.removeprefix("{"), sorted(rows, key=lambda name: rows[name]["data_offsets"])
+    order = sorted(rows, key=lambda name: rows[name]["data_offsets"])
+    return text.removeprefix("{"), order, len(content) - 8 - length
+
+
+class StateBuffer:
+    """Memory of its own for one state, in which it lies as in its checkpoint file.
+
+    ``safetensors.torch.save`` would allocate new memory for every state and copy it twice. The library still makes the
+    header, once for each set of tensors.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._memory = memoryview(b"")
+        self._size = 0
+        self._names: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._parts: list[tuple[bytes, memoryview]] = []
+
+    def hold(self, state: State) -> Checkpoint:
+        """Copy a state, which may be on any device, over the one before.
+
+        Returns:
+            Its row in the manifest.
+        """
+        flat = state.flat()
+        shapes = _shapes(flat)
+        header = header_bytes(state.step, shapes)
+        if self._key != (len(header), shapes):
+            self._arrange(len(header), {name: flat[name] for name in _layout(shapes)[1]})
+            self._key = (len(header), shapes)
+        self._memory[: len(header)] = header
+        if self._names:
+            torch._foreach_copy_(self._tensors, [flat[name].detach() for name in self._names])
+        return Checkpoint(state.step, checkpoint_file(state.step), parts_digest(self._parts), self._size)
+
+    def _arrange(self, start: int, tensors: Tensors) -> None:
+        self._size = start + sum(tensor.nbytes for tensor in tensors.values())
+        if len(self._memory) < self._size:
+            self._memory = page_memory(self._size)
+        parts, ours = {}, {}
+        for name, tensor in tensors.items():
+            parts[name] = digest_line(name, tensor.dtype, tensor.shape), self._memory[start : start + tensor.nbytes]
+            if tensor.nbytes:
+                copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+                ours[name] = copy.view(tensor.shape)
+            start += tensor.nbytes
+        self._names, self._tensors = list(ours), list(ours.values())
+        self._parts = [parts[name] for name in sorted(parts)]
+
+    def write(self, path: Path) -> None:
+        """Write the state that is held; the same state always gives the same bytes. Raises OSError.
+
+        The file is not moved into place: it counts from when the manifest or the journal names it.
+        """
+        write_directly(path, self._memory, self._size)
+
+
+def write_checkpoint(root: Path, state: State) -> Checkpoint:
+    """Save one state under ``root/checkpoints``. Raises OSError."""
+    buffer = StateBuffer()
+    checkpoint = buffer.hold(state)
+    buffer.write(root / checkpoint.file)
+    return checkpoint
 
 
 def read_checkpoint(path: Path, checkpoint: Checkpoint) -> State:
-    """Read a state back and check it against the manifest.
+    """Read a state back and check it against the manifest, every byte of the file that says anything.
 
     Raises:
-        RecordingError: the file's bytes are not those that were written.
+        RecordingError: the file is not the one that was written.
     """
     content = path.read_bytes()
-    if content_digest(content) != checkpoint.file_digest:
-        raise RecordingError(
-            f"{checkpoint.file} is damaged: its {len(content)} bytes have the digest {content_digest(content)}, "
-            f"recorded were {checkpoint.bytes} bytes with {checkpoint.file_digest}"
-        )
     try:
-        return State.from_flat(checkpoint.step, safetensors.torch.load(content))
+        state = State.from_flat(checkpoint.step, safetensors.torch.load(content))
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise RecordingError(f"{checkpoint.file} is no checkpoint: {str(error)[:200]}") from None
+        raise RecordingError(f"{checkpoint.file} is damaged: it is no checkpoint ({str(error)[:200]})") from None
+    found = state_digest(state)
+    if (found, len(content), metadata) != (checkpoint.digest, checkpoint.bytes, {"step": str(checkpoint.step)}):
+        raise RecordingError(
+            f"{checkpoint.file} is damaged: its {len(content)} bytes have the metadata {str(metadata)[:200]} and the "
+            f"state digest {found}, recorded were {checkpoint.bytes} bytes of step {checkpoint.step} with "
+            f"{checkpoint.digest}"
+        )
+    return state
 
 
 def write_manifest(root: Path, checkpoints: Iterable[Checkpoint]) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from tracked_replay.determinism import load_generator_states, restore_generator_states
+from tracked_replay.determinism import restore_generator_states
 from tracked_replay.errors import RecordingError
-from tracked_replay.recording.journal import GENERATORS
 from tracked_replay.recording.reader import Recording
 from tracked_replay.recording.recorder import CONFIG, ENVIRONMENT, SEEDS
-
-GENERATORS_FILE = re.compile(rf"{GENERATORS}/step-(\d+)\.safetensors")
 
 
 def require_expected(
@@ -50,7 +46,7 @@ def require_expected(
             _require(name, recorded[name], expected, ENVIRONMENT)
     if step is not None:
         _require_step(step, sorted(checkpoint.step for checkpoint in recording.checkpoints), "checkpoint")
-        _require_step(step, sorted(_generators(recording)), "generator states")
+        _require_step(step, sorted(recording.generator_digests), "generator states")
 
 
 def restore_generators(recording: Recording, step: int | None = None) -> int:
@@ -68,25 +64,18 @@ def restore_generators(recording: Recording, step: int | None = None) -> int:
         RecordingError: nothing was recorded at or before ``step``, or the file is missing or damaged.
         ReplayError: the states are of another number of CUDA devices than there are here.
     """
-    files = _generators(recording)
-    if not files:
+    recorded = recording.generator_digests
+    if not recorded:
         raise RecordingError("the recording has no generator states")
-    allowed = [recorded for recorded in files if step is None or recorded <= step]
+    allowed = [one for one in recorded if step is None or one <= step]
     if not allowed:
         raise RecordingError(
             f"step: found {step}; allowed: a step at or after one with recorded generator states, which are "
-            f"{_listed(sorted(files))}"
+            f"{_listed(sorted(recorded))}"
         )
     found = max(allowed)
-    with recording.open(files[found]) as path:
-        restore_generator_states(load_generator_states(path))
+    restore_generator_states(recording.generator_states(found))
     return found
-
-
-def _generators(recording: Recording) -> dict[int, str]:
-    """Files of generator states by step."""
-    matches = map(GENERATORS_FILE.fullmatch, recording.digests)
-    return {int(match[1]): match[0] for match in matches if match}
 
 
 def _read(recording: Recording, name: str, key: str) -> Any:

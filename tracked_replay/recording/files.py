@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,41 +55,67 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-PARTS_PER_CALL = 512  # half of what the system takes in one call
+PAGE = 4096  # what reaches a disk directly begins and ends in memory and in the file at a multiple of its blocks
+HUGE_PAGE = 2 * 2**20
 
 
-def write_new(path: Path, parts: Sequence[bytes | memoryview], written: Callable[[int], None] | None = None) -> None:
-    """Write a file in its place, for one that nothing reads before it is entered elsewhere as whole.
+def page_memory(size: int) -> memoryview:
+    """Zeros of at least ``size`` bytes for :func:`write_directly`, in the largest pages that the system gives."""
+    size = max(size, 1)
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return memoryview(mmap.mmap(-1, -(-size // PAGE) * PAGE))
+    size = -(-size // HUGE_PAGE) * HUGE_PAGE if size > HUGE_PAGE // 2 else -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        memory.madvise(mmap.MADV_HUGEPAGE)  # the disk is told of a few pieces instead of hundreds
+    return memoryview(memory)
 
-    That saves moving it. An error leaves no file; of a killed process a part may stay, and is written over.
+
+def write_directly(path: Path, memory: memoryview, size: int) -> None:
+    """Write a file in its place, past the page cache where system and file system allow.
+
+    The file takes no memory then, neither until it is on the disk nor after, and nothing is copied once more. It is for
+    files that nothing reads before they are entered elsewhere as whole, which saves moving them: an error leaves no
+    file; of a killed process a part may stay, and is written over.
 
     Args:
         path: the file.
-        parts: its content, in order; bytes or C-contiguous memory.
-        written: called with the open file's number after the last part.
+        memory: of :func:`page_memory`.
+        size: bytes of it to write.
 
     Raises:
         OSError: the file cannot be written.
     """
+    direct = getattr(os, "O_DIRECT", 0)
     try:
-        with path.open("wb", buffering=0 if hasattr(os, "writev") else -1) as stream:
-            if hasattr(os, "writev"):
-                for first in range(0, len(parts), PARTS_PER_CALL):
-                    _write_all(stream.fileno(), parts[first : first + PARTS_PER_CALL])
-            else:
-                stream.writelines(parts)
-                stream.flush()
-            if written is not None:
-                written(stream.fileno())
-    except FileNotFoundError:
-        if path.parent.is_dir():
+        with _new_file(path, direct) as file:
+            written = write_all(file, memory[: -(-size // PAGE) * PAGE] if direct else memory[:size])
+            if written > size:
+                os.ftruncate(file, size)
+    except OSError as error:
+        if not direct or error.errno != errno.EINVAL:  # what a file system says that knows of no such way
             raise
-        path.parent.mkdir(parents=True)
-        write_new(path, parts, written)
+        with _new_file(path, 0) as file:
+            write_all(file, memory[:size])
+
+
+@contextmanager
+def _new_file(path: Path, flags: int) -> Iterator[int]:
+    """Number of a file that is open for writing, empty; an error removes it."""
+    flags |= os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    try:
+        file = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, flags, 0o666)
+    try:
+        yield file
     except BaseException as error:
         path.unlink(missing_ok=True)
         _name(error, path)
         raise
+    finally:
+        os.close(file)
 
 
 def _name(error: BaseException, path: Path) -> None:
@@ -96,44 +124,15 @@ def _name(error: BaseException, path: Path) -> None:
         error.filename = str(path)
 
 
-def _write_all(file: int, parts: Sequence[bytes | memoryview]) -> None:
-    rest = deque(memoryview(part).cast("B") for part in parts)
-    while rest:
-        count = os.writev(file, rest)  # may be less than all
-        while rest and count >= len(rest[0]):
-            count -= len(rest.popleft())
-        if count:
-            rest[0] = rest[0][count:]
+def write_all(file: int, content: memoryview) -> int:
+    """Write to an open file, by its number; returns the number of bytes."""
+    written = 0
+    while written < len(content):
+        written += os.write(file, content[written:])  # may be less than all
+    return written
 
 
-class PageCache:
-    """Keeps what is written one after the other from filling the machine's memory.
-
-    The kernel keeps a written file in memory, first until it is on the disk and then in case it is read. Each file is
-    handed to the disk at once here, which does not wait for it, and its memory is given back when the next one has
-    been written. Where the system has no such call, it keeps the copies.
-    """
-
-    def __init__(self) -> None:
-        self._last: int | None = None
-
-    def let_go(self, file: int) -> None:
-        """Of an open file, by its number, that is all written; it may be closed then."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        self.close()
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._last = os.dup(file)
-
-    def close(self) -> None:
-        """Give the last one's memory back, as far as it is on the disk."""
-        if self._last is not None:
-            last, self._last = self._last, None
-            os.posix_fadvise(last, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(last)
-
-
-def content_digest(content: bytes) -> str:
+def content_digest(content: bytes | memoryview) -> str:
     """xxh3-128 of bytes, 32 hex digits: fast, for finding damage; not for identity against an adversary."""
     return xxhash.xxh3_128_hexdigest(content)
 
@@ -151,7 +150,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def state_digest(state: State, content: Mapping[str, memoryview] | None = None) -> str:
+def state_digest(state: State) -> str:
     """xxh3-128 over the bits of a state, 32 hex digits.
 
     Fed in the order of sorted tensor names: the line ``name dtype shape`` (for example
@@ -161,11 +160,20 @@ def state_digest(state: State, content: Mapping[str, memoryview] | None = None) 
 
     Args:
         state: on any device.
-        content: :func:`bits` of all its tensors by name, where they are at hand.
     """
+    tensors = sorted(state.flat().items())
+    return parts_digest((digest_line(name, tensor.dtype, tensor.shape), bits(tensor)) for name, tensor in tensors)
+
+
+def digest_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
+    """What :func:`state_digest` takes before a tensor's bytes."""
+    return f"{name} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}\n".encode()
+
+
+def parts_digest(parts: Iterable[tuple[bytes, memoryview]]) -> str:
+    """:func:`state_digest` of a state, from lines and bytes of its tensors in the order of their names."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(state.flat().items()):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name} {dtype} {'x'.join(map(str, tensor.shape))}\n".encode())
-        digest.update(bits(tensor) if content is None else content[name])
+    for line, content in parts:
+        digest.update(line)
+        digest.update(content)
     return digest.hexdigest()

@@ -6,19 +6,18 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from tracked_replay.determinism import GeneratorStates, load_generator_states
+from tracked_replay.determinism import GeneratorStates
 from tracked_replay.errors import RecordingError
+from tracked_replay.recording import generators
 from tracked_replay.recording.checkpoints import Checkpoint, checkpoint_file, read_checkpoint
-from tracked_replay.recording.files import state_digest
+from tracked_replay.recording.files import write_all
 from tracked_replay.training.state import State
 
 FOLDER = "resume"  # under the recording's root, only while it is unfinished
 FILE = f"{FOLDER}/journal.jsonl"
-GENERATORS = "rng"
 
 
 class JournalRow(NamedTuple):
@@ -28,13 +27,22 @@ class JournalRow(NamedTuple):
         step: the step.
         loss: its loss.
         digest: of the state before it.
-        checkpoint: that state's file, where it is kept.
+        size: bytes of that state's checkpoint, where it is kept.
+        generators: the process's generators before the step, where the state is kept.
     """
 
     step: int
     loss: float
     digest: str
-    checkpoint: Checkpoint | None
+    size: int | None = None
+    generators: GeneratorStates | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The state's file."""
+        if self.size is None:
+            return None
+        return Checkpoint(self.step, checkpoint_file(self.step), self.digest, self.size)
 
 
 class Unfinished(NamedTuple):
@@ -61,15 +69,24 @@ class Journal:
     def __init__(self, root: Path, rows: Sequence[JournalRow] = ()) -> None:
         self._path = root / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._generators: GeneratorStates | None = None
         aside = self._path.with_name("journal.aside")
-        aside.write_text("".join(map(_line, rows)), encoding="utf-8")
+        aside.write_bytes(b"".join(map(self.line, rows)))
         os.replace(aside, self._path)
-        self._stream = self._path.open("a", encoding="utf-8")
+        self._stream = self._path.open("ab", buffering=0)
 
-    def append(self, row: JournalRow) -> None:
-        """Add a step whose files are in place."""
-        self._stream.write(_line(row))
-        self._stream.flush()
+    def line(self, row: JournalRow) -> bytes:
+        """The line of the step that comes after the one that this was called with before."""
+        found = None
+        if row.generators is not None:
+            found = generators.changes(row.generators, self._generators)
+            self._generators = row.generators
+        # The loss as hexadecimal digits, which give back the same bits.
+        return json.dumps([row.step, row.loss.hex(), row.digest, row.size, found]).encode() + b"\n"
+
+    def append(self, line: bytes) -> None:
+        """Add the line of a step whose files are in place."""
+        write_all(self._stream.fileno(), memoryview(line))
 
     def close(self) -> None:
         """Close the file and leave it."""
@@ -80,13 +97,8 @@ class Journal:
         shutil.rmtree(self._path.parent)
 
 
-def generators_file(step: int) -> str:
-    """Where the generator states before a step are kept."""
-    return f"{GENERATORS}/step-{step:06d}.safetensors"
-
-
 def find_unfinished(root: Path, before: int | None = None) -> Unfinished | None:
-    """The last state of an interrupted recording that is whole: checkpoint, generators and all rows before it.
+    """The last state of an interrupted recording that is whole, with all rows before it.
 
     Args:
         root: the recording's folder.
@@ -97,28 +109,14 @@ def find_unfinished(root: Path, before: int | None = None) -> Unfinished | None:
     """
     rows = _read(root / FILE)[:before]
     for row in reversed(rows):
-        if row.checkpoint is None or not _belongs(row.checkpoint, row.step):
+        if row.checkpoint is None or row.generators is None:
             continue
         try:
             state = read_checkpoint(root / row.checkpoint.file, row.checkpoint)
-            if state_digest(state) != row.digest:
-                continue
-            generators = load_generator_states(root / generators_file(row.step))
         except (RecordingError, OSError):
             continue  # written but cut short: an earlier one will do
-        return Unfinished(state, tuple(rows[: row.step]), generators)
+        return Unfinished(state, tuple(rows[: row.step]), row.generators)
     return None
-
-
-def _belongs(checkpoint: Checkpoint, step: int) -> bool:
-    """Whether a checkpoint is that of a step; its file's name is taken from nowhere else."""
-    return (checkpoint.step, checkpoint.file) == (step, checkpoint_file(step))
-
-
-def _line(row: JournalRow) -> str:
-    checkpoint = None if row.checkpoint is None else asdict(row.checkpoint)
-    # The loss as hexadecimal digits, which give back the same bits.
-    return json.dumps([row.step, row.loss.hex(), row.digest, checkpoint]) + "\n"
 
 
 def _read(path: Path) -> list[JournalRow]:
@@ -126,13 +124,16 @@ def _read(path: Path) -> list[JournalRow]:
     rows: list[JournalRow] = []
     if not path.is_file():
         return rows
+    last: GeneratorStates | None = None
     for line in path.read_bytes().split(b"\n"):
         try:
-            step, loss, digest, checkpoint = json.loads(line)
-            row = JournalRow(step, float.fromhex(loss), digest, checkpoint and Checkpoint(**checkpoint))
-        except (ValueError, TypeError, RecursionError):
+            step, loss, digest, size, found = json.loads(line)
+            states = None if found is None else generators.changed(last, found)
+            row = JournalRow(step, float.fromhex(loss), digest, size, states)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             break
-        if type(row.step) is not int or row.step != len(rows):
+        if type(row.step) is not int or row.step != len(rows) or (size is None) != (states is None):
             break
+        last = states or last
         rows.append(row)
     return rows

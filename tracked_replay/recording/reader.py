@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tracked_replay.config import Config
+from tracked_replay.determinism import GeneratorStates, generator_state_digests, load_generator_states
 from tracked_replay.errors import RecordingError
 from tracked_replay.recording import recorder
 from tracked_replay.recording.checkpoints import MANIFEST, Checkpoint, read_checkpoint, read_manifest
 from tracked_replay.recording.files import file_sha256
+from tracked_replay.recording.generators import FOLDER as GENERATORS
 from tracked_replay.recording.trace import FOLDER as TRACE
 from tracked_replay.recording.trace import Trace, read_trace
 from tracked_replay.training.state import State
@@ -132,6 +134,30 @@ class Recording:
     def final(self) -> Checkpoint:
         """The checkpoint after the last step."""
         return self.checkpoints[-1]
+
+    @property
+    def generator_files(self) -> dict[str, str]:
+        """SHA-256 of the files of random generators' states by path."""
+        return {name: digest for name, digest in self.digests.items() if name.startswith(f"{GENERATORS}/")}
+
+    @cached_property
+    def _generator_digests(self) -> dict[str, dict[int, str]]:
+        found = {}
+        for name in sorted(self.generator_files):
+            with self.open(name) as path:
+                found[name] = generator_state_digests(path)
+        return found
+
+    @property
+    def generator_digests(self) -> dict[int, str]:
+        """Digest of the random generators' states by the step that they stand before, in the order of steps."""
+        return {step: digest for digests in self._generator_digests.values() for step, digest in digests.items()}
+
+    def generator_states(self, step: int) -> GeneratorStates:
+        """The random generators' states before a step of :attr:`generator_digests`."""
+        name = next(name for name, digests in self._generator_digests.items() if step in digests)
+        with self.open(name) as path:
+            return load_generator_states(path)[step]
 
     def require_undamaged(self, *, figures: bool = True) -> None:
         """Hold every recorded file but the checkpoints against its digest.

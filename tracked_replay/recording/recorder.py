@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
+
+from torch import Tensor
 
 from tracked_replay.determinism import (
     GeneratorStates,
     capture_generator_states,
     environment_record,
-    generator_states_bytes,
     restore_generator_states,
 )
 from tracked_replay.errors import ConfigError
 from tracked_replay.recording import checkpoints, files, trace
+from tracked_replay.recording.generators import FOLDER as GENERATORS
+from tracked_replay.recording.generators import GeneratorsWriter
 from tracked_replay.recording.journal import FOLDER as RESUME
-from tracked_replay.recording.journal import GENERATORS, Journal, JournalRow, Unfinished, generators_file
+from tracked_replay.recording.journal import Journal, JournalRow, Unfinished
 from tracked_replay.training.loop import StepRecord, TrainingSetup
 from tracked_replay.training.state import State
 
@@ -29,9 +32,9 @@ SEEDS = "seeds/derivations.json"
 ENVIRONMENT = "environment/environment.json"
 DIGESTS = "digests.json"
 
-MAX_PENDING = 8  # states that may wait to be written; more and the training waits too
+MAX_PENDING = 4  # states that may wait to be written; more and the training waits too
 
-BESIDE_A_STATE = 16 * 1024  # bytes of its generator states (11 KB) and its row in the manifest, at most
+BESIDE_A_STATE = 16 * 1024  # bytes of its generator states (10 KB) and its row in the manifest, at most
 MANIFEST_BYTES = 4 * 1024  # bytes of the manifest without its rows, at most
 
 
@@ -69,27 +72,16 @@ def later_state(setup: TrainingSetup) -> State:
     return replace(setup.initial, step=setup.plan.steps, momentum=momentum)
 
 
-def checkpoint_bytes(state: State) -> int:
-    """Size of a state's checkpoint file, some bytes a tensor too large."""
-    # safetensors' own layout: length of the header, header, tensors.
-    last = [state.nbytes, state.nbytes]
-    header = {
-        name: {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "data_offsets": last}
-        for name, tensor in state.flat().items()
-    }
-    return len(json.dumps({"__metadata__": {"step": str(state.step)}} | header)) + 16 + state.nbytes
-
-
 def _bytes_with(state: State) -> int:
-    return checkpoint_bytes(state) + BESIDE_A_STATE
+    return checkpoints.checkpoint_bytes(state) + BESIDE_A_STATE
 
 
 class Recorder:
     """Writes the contract's artifacts of a training run under a folder.
 
-    Either :meth:`add` writes before it returns, or digests, serialisation and writing happen on one background thread
-    while the next steps are taken, which they may because states are immutable; an error there is raised by the next
-    :meth:`add` or by :meth:`finish`.
+    Digests, serialisation and writing happen on one background thread while the next steps are taken; an error there
+    is raised by the next :meth:`add` or by :meth:`finish`. The thread is given copies of the states, or makes them
+    itself, which it may because states are immutable.
 
     Use it as a context manager; ``digests.json``, the last file, is written by :meth:`finish` only, so a folder that
     has it is complete. Until the context is left after that, a journal keeps what
@@ -100,8 +92,8 @@ class Recorder:
         setup: of the training.
         unfinished: an interrupted recording of the same training under ``root``. The process's generators are put
             back to where they were; the training must start from its state.
-        in_background: whether a thread writes; ``None`` for one where the training is not on the CPU, beside which a
-            thread would only take turns with it, at more cost than the work itself.
+        copy_at_once: whether :meth:`add` copies the state; ``None`` for a training on the CPU, where copying costs less
+            than new memory for the next states while the thread holds on to these.
 
     Raises:
         ConfigError: ``record.budget`` is too small; see :func:`checkpoint_distance`.
@@ -113,20 +105,20 @@ class Recorder:
         setup: TrainingSetup,
         unfinished: Unfinished | None = None,
         *,
-        in_background: bool | None = None,
+        copy_at_once: bool | None = None,
     ) -> None:
         self._root = root
         self._every = checkpoint_distance(setup)
         self._trace = trace.TraceWriter(root, setup.config.record.pixels)
+        self._rng = GeneratorsWriter(root)
         self._checkpoints: list[checkpoints.Checkpoint] = []
-        if in_background is None:
-            in_background = setup.device.type != "cpu"
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder") if in_background else None
+        self._copy_at_once = setup.device.type == "cpu" if copy_at_once is None else copy_at_once
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._pending: list[Future[None]] = []
-        self._pages = files.PageCache()
+        self._buffers = [checkpoints.StateBuffer() for _ in range(MAX_PENDING)]  # those that are free
         self._finished = False
         (root / DIGESTS).unlink(missing_ok=True)
-        for folder in (trace.FOLDER, *(() if unfinished else (checkpoints.FOLDER, GENERATORS))):
+        for folder in (trace.FOLDER, GENERATORS, *(() if unfinished else (checkpoints.FOLDER,))):
             shutil.rmtree(root / folder, ignore_errors=True)
         for leftover in root.rglob(files.ASIDE):
             leftover.unlink()
@@ -142,18 +134,25 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        self._pages.close()
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
         self._journal.close()
         if self._finished and kind is None:
             self._journal.remove()
 
     def add(self, record: StepRecord) -> None:
-        """Record a step; in the background it returns before the step is on disk."""
+        """Record a step; it returns before the step is on disk."""
         kept = record.before.step % self._every == 0
-        self._submit(record.before, self._generators if kept else None, record)
-        self._generators = capture_generator_states()  # those that the next step starts from
+        row = trace.TraceRow(
+            record.before.step,
+            record.epoch,
+            record.indices,
+            record.labels,
+            record.learning_rates,
+            record.loss,
+            state_digest="",  # comes with the copy
+        )
+        generators, self._generators = self._generators, capture_generator_states()  # the next step starts from these
+        self._submit(record.before, generators if kept else None, row, record.inputs if self._trace.pixels else None)
 
     def wait(self) -> None:
         """Wait until all steps so far are on disk."""
@@ -165,8 +164,9 @@ class Recorder:
         Returns:
             SHA-256 of ``digests.json``: the identity of everything recorded.
         """
-        self._submit(final, self._generators, None)
+        self._submit(final, self._generators)
         self.wait()
+        self._rng.flush()
         self._trace.flush()
         checkpoints.write_manifest(self._root, self._checkpoints)
         identity = write_digests(self._root)
@@ -190,43 +190,75 @@ class Recorder:
                 ),
                 batch,
             )
-            if row.checkpoint is not None:
+            if row.checkpoint is not None and row.generators is not None:
                 self._checkpoints.append(row.checkpoint)
+                self._rng.add(t, row.generators)
         restore_generator_states(unfinished.generators)
 
-    def _submit(self, state: State, generators: GeneratorStates | None, record: StepRecord | None) -> None:
-        if self._pool is None:
-            self._write(state, generators, record)
-            return
-        self._drain(MAX_PENDING)
-        self._pending.append(self._pool.submit(self._write, state, generators, record))
+    def _submit(
+        self,
+        state: State,
+        generators: GeneratorStates | None,
+        row: trace.TraceRow | None = None,
+        inputs: Tensor | None = None,
+    ) -> None:
+        self._drain(MAX_PENDING - 1)
+        if self._copy_at_once:
+            self._pending.append(self._pool.submit(self._write, self._prepare(state, generators, row, inputs)))
+        else:
+            self._pending.append(self._pool.submit(self._prepare_and_write, state, generators, row, inputs))
 
     def _drain(self, allowed: int) -> None:
         while self._pending and (len(self._pending) > allowed or self._pending[0].done()):
             self._pending.pop(0).result()
 
-    def _write(self, state: State, generators: GeneratorStates | None, record: StepRecord | None) -> None:
-        checkpoint = None
+    def _prepare(
+        self,
+        state: State,
+        generators: GeneratorStates | None,
+        row: trace.TraceRow | None,
+        inputs: Tensor | None,
+    ) -> _Prepared:
+        """Everything that takes the interpreter, which the training waits for while a thread has it."""
+        buffer, path, line = None, None, b""
         if generators is None:
-            digest = files.state_digest(state)
+            digest, size = files.state_digest(state), None
         else:
-            files.write_new(self._root / generators_file(state.step), [generator_states_bytes(generators)])
-            # A long recording would fill the memory with files; and a page just freed is cheaper than a new one.
-            checkpoint = checkpoints.write_checkpoint(self._root, state, self._pages)
+            buffer = self._buffers.pop()
+            checkpoint = buffer.hold(state)
             self._checkpoints.append(checkpoint)
-            digest = checkpoint.digest
-        if record is not None:
-            row = trace.TraceRow(
-                state.step,
-                record.epoch,
-                record.indices,
-                record.labels,
-                record.learning_rates,
-                record.loss,
-                digest,
-            )
-            self._trace.add(row, record.inputs if self._trace.pixels else None)
-            self._journal.append(JournalRow(state.step, record.loss, digest, checkpoint))
+            self._rng.add(state.step, generators)
+            path, digest, size = self._root / checkpoint.file, checkpoint.digest, checkpoint.bytes
+        if row is not None:
+            self._trace.add(row._replace(state_digest=digest), inputs)
+            line = self._journal.line(JournalRow(state.step, row.loss, digest, size, generators))
+        return _Prepared(buffer, path, line)
+
+    def _prepare_and_write(
+        self, state: State, generators: GeneratorStates | None, row: trace.TraceRow | None, inputs: Tensor | None
+    ) -> None:
+        self._write(self._prepare(state, generators, row, inputs))
+
+    def _write(self, prepared: _Prepared) -> None:
+        if prepared.buffer is not None and prepared.path is not None:
+            prepared.buffer.write(prepared.path)
+            self._buffers.append(prepared.buffer)
+        if prepared.line:
+            self._journal.append(prepared.line)
+
+
+class _Prepared(NamedTuple):
+    """A step as it goes to the disk.
+
+    Attributes:
+        buffer: holds its state, where that is kept.
+        path: the checkpoint's.
+        line: of the journal; empty after the last step.
+    """
+
+    buffer: checkpoints.StateBuffer | None
+    path: Path | None
+    line: bytes
 
 
 def _write_setup(root: Path, setup: TrainingSetup) -> None:

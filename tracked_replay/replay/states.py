@@ -13,7 +13,8 @@ import torch
 
 from tracked_replay.errors import ConfigError, ReplayError
 from tracked_replay.recording import Checkpoint, Recording, state_digest
-from tracked_replay.recording.recorder import checkpoint_bytes, checkpoint_steps, later_state
+from tracked_replay.recording.checkpoints import checkpoint_bytes
+from tracked_replay.recording.recorder import checkpoint_steps, later_state
 from tracked_replay.replay.plan import ADVANCE, GIVE, KEEP, Plan, least_states, make_plan, plan_segment
 from tracked_replay.training.loop import TrainingSetup
 from tracked_replay.training.state import State

@@ -209,7 +209,7 @@ def _sections(comparison: Comparison) -> list[_Section]:
     return [
         _Section("config", "Config", "Field", comparison.config),
         _Section("seeds", "Seeds", "Seed", comparison.seeds),
-        _Section("generators", "Generator states", "File", comparison.generators),
+        _Section("generators", "Generator states", "Before", comparison.generators),
         _Section("other", "Code, data and other", "Value", comparison.other),
         _Section("environment", "Environment", "Value", comparison.environment),
     ]
