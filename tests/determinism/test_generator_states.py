@@ -14,7 +14,7 @@ from tracked_replay.determinism import (
     capture_generator_states,
     derive_component_seed,
     deterministic_context,
-    generator_state_digests,
+    generator_state_steps,
     load_generator_states,
     restore_generator_states,
     save_generator_states,
@@ -68,16 +68,15 @@ def test_a_file_keeps_the_moments_apart(tmp_path):
         states[step] = capture_generator_states()
         drawn[step] = _draw()
         _draw_one_normal_each()
-    save_generator_states(states, path)
+    digests = save_generator_states(states, path)
     found = load_generator_states(path)
     assert list(found) == [0, 4, 11]
     for step in (4, 11, 0):
         restore_generator_states(found[step])
         assert _draw() == drawn[step]
-    digests = generator_state_digests(path)
+    assert generator_state_steps(path) == list(digests) == [0, 4, 11]
     assert len(set(digests.values())) == 3
-    save_generator_states({5: states[4]}, path)
-    assert generator_state_digests(path)[5] != digests[4]
+    assert save_generator_states({5: states[4]}, path)[5] != digests[4]  # a row is of its step
     with pytest.raises(ValueError, match="at least one"):
         save_generator_states({}, path)
 

@@ -69,6 +69,29 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Drawn(nn.Module):
+    """Of the tiny task, drawn towards its running statistics, whose derivative it keeps to itself or not."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.Linear(12, 3))
+        self.hidden = hidden
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mean = self.body[1].running_mean
+        before = (mean.detach() if self.hidden else mean).clone()
+        return self.body(inputs) * before.sigmoid()
+
+
+def test_a_derivative_by_the_running_statistics_counts() -> None:
+    def task(hidden: bool) -> type[TinyTask]:
+        return type("Drawn", (TinyTask,), {"model": lambda self: Drawn(hidden)})
+
+    checked(task(hidden=False))
+    with pytest.raises(ReplayError, match=r"^step 4: its derivative and a finite difference .* apart, so scores would"):
+        checked(task(hidden=True))
+
+
 def between(function: Callable[[Tensor], Tensor]) -> type[TinyTask]:
     return type("Between", (TinyTask,), {"model": lambda self: Net(function)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from tiny import TinyTask, slope, tiny_config, tiny_setup
 from torch import Tensor, nn
 
 from tracked_replay.config import ReplayConfig
+from tracked_replay.errors import ReplayError
 from tracked_replay.recording import Recorder, Recording, folder_source
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
+from tracked_replay.replay.adjoint import measurement_cotangent
 from tracked_replay.training import TrainingSetup, evaluate, set_up, train
 
 VARIANTS = {
@@ -140,6 +143,25 @@ def test_statistics_that_stand_still_in_a_step_pass_their_cotangent_on(
     for example in (0, 5, 17):
         found = scores[0, example]
         assert found == pytest.approx(slope(setup, example, TARGETS[0].indices[0]), rel=1e-6)
+
+
+def test_statistics_that_only_the_training_changed_are_refused() -> None:
+    class Task(TinyTask):
+        def model(self) -> nn.Module:
+            layers = list(super().model())
+            return nn.Sequential(layers[0], Sometimes("in eval mode", (8,)), *layers[2:])
+
+    config = tiny_config()
+    setup = set_up(config, Task(config))
+    *_, last = train(setup)
+    adjoint = StepAdjoint(setup.step)
+    final = measurement_cotangent(adjoint, setup.task, setup.data, last.after, TARGETS[0])
+    given = (last.inputs, torch.from_numpy(last.labels), last.learning_rates.tolist(), [final])
+    adjoint.pull_back(last.before, last.after, *given)
+    name = "1.norm.running_mean"
+    buffers = last.after.buffers | {name: last.after.buffers[name] + 1}
+    with pytest.raises(ReplayError, match=rf"^step 8: the training changed the running statistics '{name}', and"):
+        adjoint.pull_back(last.before, replace(last.after, buffers=buffers), *given)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

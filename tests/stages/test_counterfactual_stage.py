@@ -329,6 +329,18 @@ def test_a_task_edited_since_is_refused(store: Path) -> None:
     assert statuses() == ["train FINISHED"]
 
 
+def test_a_model_that_begins_elsewhere_than_the_recorded_one_is_refused(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = "import os\n        torch.rand(int(os.environ.get('DRAWS', 0)))\n        return nn.Sequential("
+    train_run = tr.train(own_config(write_task(store, ("return nn.Sequential(", draws))))
+    tr.counterfactual(train_run, {1: 0.0}, targets="0")
+    monkeypatch.setenv("DRAWS", "1")
+    with pytest.raises(ReplayError, match=r"^step 0: initial model 1 has the digest .*, recorded was"):
+        tr.counterfactual(train_run, {2: 0.0}, targets="0")
+    assert "RUNNING" not in " ".join(statuses())
+
+
 def test_a_damaged_result_is_never_given_out(recorded: tuple) -> None:
     train_run, magic_run = recorded
     run_id = run_counterfactual(train_run, remove="11", magic_run_id=magic_run)

@@ -156,14 +156,11 @@ class Pair:
     @cached_property
     def generators(self) -> tuple[Difference, ...]:
         """Generator states that both runs kept and that differ, by the step that they stand before."""
-        if self.a.generator_files == self.b.generator_files:
-            return ()
-        found = []
-        for recording, name in zip((self.a, self.b), self.names, strict=True):
-            with naming(name):
-                found.append(recording.generator_digests)
-        a, b = found
-        return tuple(Difference(f"step {step}", a[step], b[step]) for step in a if step in b and a[step] != b[step])
+        b = {checkpoint.step: checkpoint.generators for checkpoint in self.b.checkpoints}
+        pairs = ((row.step, row.generators, b.get(row.step)) for row in self.a.checkpoints)
+        return tuple(
+            Difference(f"step {step}", one, other) for step, one, other in pairs if one and other and one != other
+        )
 
     @property
     def tensors_decide(self) -> bool:

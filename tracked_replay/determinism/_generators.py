@@ -213,7 +213,7 @@ def _digest(step: int, arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -
     return sha.hexdigest()
 
 
-def save_generator_states(states: Mapping[int, GeneratorStates], path: str | os.PathLike[str]) -> None:
+def save_generator_states(states: Mapping[int, GeneratorStates], path: str | os.PathLike[str]) -> dict[int, str]:
     """Write generator states of several moments as a safetensors file, the same bytes for the same states.
 
     The tensors are ``python_words``, ``numpy_words``, ``torch_cpu`` and ``torch_cuda.{device}``, one row a moment in
@@ -225,6 +225,9 @@ def save_generator_states(states: Mapping[int, GeneratorStates], path: str | os.
         states: by step; all with tensors of the same shapes.
         path: the file; its folder must exist.
 
+    Returns:
+        The digests by step.
+
     Raises:
         ValueError: there are none, or their shapes differ.
         OSError: the file cannot be written.
@@ -234,7 +237,7 @@ def save_generator_states(states: Mapping[int, GeneratorStates], path: str | os.
     stacked = {name: np.stack([row[name] for row in arrays]) for name in arrays[0]} if steps else {}
     if not steps or any(row.keys() != stacked.keys() for row in arrays):
         raise ValueError("generator states of a file must be of the same generators, and at least one")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step, row in zip(steps, arrays, strict=True):
         scalars = _scalars_of(states[step])
         rows.append({"step": step, "digest": _digest(step, row, scalars), "scalars": scalars})
@@ -248,6 +251,7 @@ def save_generator_states(states: Mapping[int, GeneratorStates], path: str | os.
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+    return {row["step"]: row["digest"] for row in rows}
 
 
 def load_generator_states(path: str | os.PathLike[str]) -> dict[int, GeneratorStates]:
@@ -268,14 +272,10 @@ def load_generator_states(path: str | os.PathLike[str]) -> dict[int, GeneratorSt
         return _states_of(arrays, _rows_of(file))
 
 
-def generator_state_digests(path: str | os.PathLike[str]) -> dict[int, str]:
-    """The digest of each row of a file of generator states by its step, as they were saved.
-
-    Raises:
-        RecordingError: as `load_generator_states`, but for digests that do not fit.
-    """
+def generator_state_steps(path: str | os.PathLike[str]) -> list[int]:
+    """Steps of the rows of a file of generator states. Raises RecordingError where it is none."""
     with _reading(path) as file:
-        return {int(row["step"]): str(row["digest"]) for row in _rows_of(file)}
+        return [int(row["step"]) for row in _rows_of(file)]
 
 
 @contextmanager

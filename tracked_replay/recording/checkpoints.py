@@ -40,6 +40,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("file", pa.string(), nullable=False),
         pa.field("digest", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("generators", pa.string()),
     ]
 )
 
@@ -53,12 +54,14 @@ class Checkpoint:
         file: path inside the run's artifacts.
         digest: :func:`~tracked_replay.recording.files.state_digest` of the state.
         bytes: size of the file.
+        generators: digest of the random generators' states before the step, where they are kept.
     """
 
     step: int
     file: str
     digest: str
     bytes: int
+    generators: str | None = None
 
 
 def checkpoint_file(step: int) -> str:
@@ -197,9 +200,11 @@ def write_manifest(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
 def read_manifest(path: Path) -> Sequence[Checkpoint]:
     """Rows of the manifest, sorted by step. Raises RecordingError."""
     try:
-        table = pq.read_table(path, columns=MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
+        found = [name for name in MANIFEST_SCHEMA.names if name in pq.read_schema(path).names]
+        schema = pa.schema([field for field in MANIFEST_SCHEMA if field.name in found or not field.nullable])
+        table = pq.read_table(path, columns=schema.names).cast(schema)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise RecordingError(f"{MANIFEST} cannot be read: {str(error)[:200]}") from None
     if not len(table):
         raise RecordingError(f"{MANIFEST} lists no checkpoint")
-    return [Checkpoint(**{name: row[name] for name in MANIFEST_SCHEMA.names}) for row in table.to_pylist()]
+    return [Checkpoint(**row) for row in table.to_pylist()]

@@ -46,7 +46,7 @@ def require_expected(
             _require(name, recorded[name], expected, ENVIRONMENT)
     if step is not None:
         _require_step(step, sorted(checkpoint.step for checkpoint in recording.checkpoints), "checkpoint")
-        _require_step(step, sorted(recording.generator_digests), "generator states")
+        _require_step(step, recording.generator_steps, "generator states")
 
 
 def restore_generators(recording: Recording, step: int | None = None) -> int:
@@ -64,14 +64,14 @@ def restore_generators(recording: Recording, step: int | None = None) -> int:
         RecordingError: nothing was recorded at or before ``step``, or the file is missing or damaged.
         ReplayError: the states are of another number of CUDA devices than there are here.
     """
-    recorded = recording.generator_digests
+    recorded = recording.generator_steps
     if not recorded:
         raise RecordingError("the recording has no generator states")
     allowed = [one for one in recorded if step is None or one <= step]
     if not allowed:
         raise RecordingError(
             f"step: found {step}; allowed: a step at or after one with recorded generator states, which are "
-            f"{_listed(sorted(recorded))}"
+            f"{_listed(recorded)}"
         )
     found = max(allowed)
     restore_generator_states(recording.generator_states(found))

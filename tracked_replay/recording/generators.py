@@ -23,9 +23,15 @@ _INTEGERS = ("python_version", "numpy_position", "numpy_has_gauss")
 
 @dataclass
 class GeneratorsWriter:
-    """Collects generator states and writes ``rng/part-00000.safetensors``, … under ``root``, many to a file."""
+    """Collects generator states and writes ``rng/part-00000.safetensors``, … under ``root``, many to a file.
+
+    Attributes:
+        root: the recording's folder.
+        digests: of what was written, by step.
+    """
 
     root: Path
+    digests: dict[int, str] = field(default_factory=dict)
     _held: dict[int, GeneratorStates] = field(default_factory=dict)
     _parts: int = 0
 
@@ -41,7 +47,7 @@ class GeneratorsWriter:
             return
         path = self.root / FOLDER / f"part-{self._parts:05d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_generator_states(self._held, path)
+        self.digests |= save_generator_states(self._held, path)
         self._held, self._parts = {}, self._parts + 1
 
 

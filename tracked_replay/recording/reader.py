@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tracked_replay.config import Config
-from tracked_replay.determinism import GeneratorStates, generator_state_digests, load_generator_states
+from tracked_replay.determinism import GeneratorStates, generator_state_steps, load_generator_states
 from tracked_replay.errors import RecordingError
 from tracked_replay.recording import recorder
 from tracked_replay.recording.checkpoints import MANIFEST, Checkpoint, read_checkpoint, read_manifest
@@ -135,28 +135,23 @@ class Recording:
         """The checkpoint after the last step."""
         return self.checkpoints[-1]
 
-    @property
-    def generator_files(self) -> dict[str, str]:
-        """SHA-256 of the files of random generators' states by path."""
-        return {name: digest for name, digest in self.digests.items() if name.startswith(f"{GENERATORS}/")}
-
     @cached_property
-    def _generator_digests(self) -> dict[str, dict[int, str]]:
-        found = {}
-        for name in sorted(self.generator_files):
+    def _generator_steps(self) -> dict[int, str]:
+        """Files of random generators' states by the step that they stand before."""
+        found: dict[int, str] = {}
+        for name in sorted(name for name in self.digests if name.startswith(f"{GENERATORS}/")):
             with self.open(name) as path:
-                found[name] = generator_state_digests(path)
+                found |= dict.fromkeys(generator_state_steps(path), name)
         return found
 
     @property
-    def generator_digests(self) -> dict[int, str]:
-        """Digest of the random generators' states by the step that they stand before, in the order of steps."""
-        return {step: digest for digests in self._generator_digests.values() for step, digest in digests.items()}
+    def generator_steps(self) -> list[int]:
+        """Steps before which the random generators' states were recorded, in their order."""
+        return sorted(self._generator_steps)
 
     def generator_states(self, step: int) -> GeneratorStates:
-        """The random generators' states before a step of :attr:`generator_digests`."""
-        name = next(name for name, digests in self._generator_digests.items() if step in digests)
-        with self.open(name) as path:
+        """The random generators' states before one of :attr:`generator_steps`."""
+        with self.open(self._generator_steps[step]) as path:
             return load_generator_states(path)[step]
 
     def require_undamaged(self, *, figures: bool = True) -> None:

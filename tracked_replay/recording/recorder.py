@@ -168,7 +168,10 @@ class Recorder:
         self.wait()
         self._rng.flush()
         self._trace.flush()
-        checkpoints.write_manifest(self._root, self._checkpoints)
+        generators = self._rng.digests
+        checkpoints.write_manifest(
+            self._root, [replace(row, generators=generators[row.step]) for row in self._checkpoints]
+        )
         identity = write_digests(self._root)
         self._finished = True
         return identity
