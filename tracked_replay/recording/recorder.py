@@ -79,9 +79,9 @@ def _bytes_with(state: State) -> int:
 class Recorder:
     """Writes the contract's artifacts of a training run under a folder.
 
-    Digests, serialisation and writing happen on one background thread while the next steps are taken; an error there
-    is raised by the next :meth:`add` or by :meth:`finish`. The thread is given copies of the states, or makes them
-    itself, which it may because states are immutable.
+    One background thread writes while the next steps are taken; an error there is raised by the next :meth:`add` or by
+    :meth:`finish`. It is given copies of the states with their digests, or makes both itself, which it may because
+    states are immutable.
 
     Use it as a context manager; ``digests.json``, the last file, is written by :meth:`finish` only, so a folder that
     has it is complete. Until the context is left after that, a journal keeps what
@@ -92,8 +92,8 @@ class Recorder:
         setup: of the training.
         unfinished: an interrupted recording of the same training under ``root``. The process's generators are put
             back to where they were; the training must start from its state.
-        copy_at_once: whether :meth:`add` copies the state; ``None`` for a training on the CPU, where copying costs less
-            than new memory for the next states while the thread holds on to these.
+        copy_at_once: whether :meth:`add` copies the state, and not the thread; ``None`` for a training on the CPU, where
+            a thread would take turns with it, and where holding on to states means new memory for the next ones.
 
     Raises:
         ConfigError: ``record.budget`` is too small; see :func:`checkpoint_distance`.
