@@ -68,7 +68,7 @@ def record(root: Path, setup: TrainingSetup, stop: int | None = None, *, all_wri
             recording.add(step)
             state = step.after
             if all_written:
-                recording._drain(0)
+                recording.wait()
         if stop is not None:
             raise StoppedError
         recording.finish(state)
@@ -340,7 +340,7 @@ def test_an_error_of_ours_leaves_the_journal_to_its_caller(tmp_path: Path) -> No
         with Recorder(tmp_path, setup) as recording:
             for step in train(setup, stop=3):
                 recording.add(step)
-            recording._drain(0)
+            recording.wait()
             raise TrackedReplayError("of ours")
 
     with pytest.raises(TrackedReplayError):

@@ -227,7 +227,7 @@ def _written(step: int) -> None:
     def add(self: Recorder, record: Any) -> None:
         real(self, record)
         if record.before.step == step:
-            self._drain(0)
+            self.wait()
             die()
 
     Recorder.add = add  # type: ignore[method-assign]

@@ -260,7 +260,7 @@ def stopped(config: Config, at: int = 7, error: BaseException | None = None, *, 
 
     def add(self: Recorder, record: StepRecord) -> None:
         if record.before.step == at:
-            self._drain(0)
+            self.wait()
             raise error
         real(self, record)
 

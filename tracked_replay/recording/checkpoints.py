@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -71,39 +72,46 @@ def checkpoint_file(step: int) -> str:
 
 def checkpoint_bytes(state: State) -> int:
     """Size of a state's checkpoint file."""
-    return len(header_bytes(state.step, _shapes(state.flat()))) + state.nbytes
+    return len(_layout(_shapes(state.flat())).header(state.step)) + state.nbytes
 
 
 def _shapes(tensors: Tensors) -> Shapes:
     return tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
 
 
-def header_bytes(step: int, shapes: Shapes) -> bytes:
-    """What stands before the tensors in a checkpoint file.
+class _Layout(NamedTuple):
+    """How tensors of some shapes lie in a file.
 
-    It ends with spaces, as the format allows, so many that the file ends with a page where that can be.
+    Attributes:
+        rows: what safetensors itself says about them in the header's JSON, after the metadata's comma.
+        order: their names in their order.
+        size: bytes that they take.
     """
-    rows, _, size = _layout(shapes)
-    # One metadata entry only: safetensors writes several in an order that changes from process to process.
-    text = f'{{"__metadata__":{{"step":"{step}"}},{rows}'.encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    text += b" " * (-(8 + len(text) + size) % PAGE // ALIGNMENT * ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+
+    rows: str
+    order: list[str]
+    size: int
+
+    def header(self, step: int) -> bytes:
+        """What stands before the tensors.
+
+        It ends with spaces, as the format allows, so many that the file ends with a page where that can be.
+        """
+        # One metadata entry only: safetensors writes several in an order that changes from process to process.
+        text = f'{{"__metadata__":{{"step":"{step}"}},{self.rows}'.encode()
+        spaces = -(8 + len(text)) % ALIGNMENT
+        spaces += -(8 + len(text) + spaces + self.size) % PAGE // ALIGNMENT * ALIGNMENT
+        return (len(text) + spaces).to_bytes(8, "little") + text + b" " * spaces
 
 
 @lru_cache(maxsize=2)  # before and after the first step, which makes the momentum
-def _layout(shapes: Shapes) -> tuple[str, list[str], int]:
-    """What safetensors itself says about tensors of such shapes in a file's header, and their order in the file.
-
-    Returns:
-        The header's JSON after the metadata's comma, the tensors' names, and the bytes that they take.
-    """
+def _layout(shapes: Shapes) -> _Layout:
     content = safetensors.torch.save({name: torch.empty(shape, dtype=dtype) for name, dtype, shape in shapes})
     length = int.from_bytes(content[:8], "little")
     rows = json.loads(content[8 : 8 + length])
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
     order = sorted(rows, key=lambda name: rows[name]["data_offsets"])
-    return text.removeprefix("{"), order, len(content) - 8 - length
+    return _Layout(text.removeprefix("{"), order, len(content) - 8 - length)
 
 
 class StateBuffer:
@@ -114,9 +122,10 @@ class StateBuffer:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
+        self._shapes: Shapes = ()
+        self._layout = _Layout("", [], 0)
+        self._start = 0  # of the tensors
         self._memory = memoryview(b"")
-        self._size = 0
         self._names: list[str] = []
         self._tensors: list[Tensor] = []
         self._parts: list[tuple[bytes, memoryview]] = []
@@ -129,17 +138,23 @@ class StateBuffer:
         """
         flat = state.flat()
         shapes = _shapes(flat)
-        header = header_bytes(state.step, shapes)
-        if self._key != (len(header), shapes):
-            self._arrange(len(header), {name: flat[name] for name in _layout(shapes)[1]})
-            self._key = (len(header), shapes)
+        known = shapes == self._shapes
+        if not known:
+            self._shapes, self._layout = shapes, _layout(shapes)
+        header = self._layout.header(state.step)
+        if not known or len(header) != self._start:
+            self._arrange(len(header), {name: flat[name] for name in self._layout.order})
         self._memory[: len(header)] = header
         if self._names:
             torch._foreach_copy_(self._tensors, [flat[name].detach() for name in self._names])
         return Checkpoint(state.step, checkpoint_file(state.step), parts_digest(self._parts), self._size)
 
+    @property
+    def _size(self) -> int:
+        return self._start + self._layout.size
+
     def _arrange(self, start: int, tensors: Tensors) -> None:
-        self._size = start + sum(tensor.nbytes for tensor in tensors.values())
+        self._start = start
         if len(self._memory) < self._size:
             self._memory = page_memory(self._size)
         parts, ours = {}, {}

@@ -54,10 +54,9 @@ class GeneratorsWriter:
 def changes(states: GeneratorStates, before: GeneratorStates | None) -> dict[str, Any]:
     """What differs from the states before, as JSON can hold it; most of it never changes in a training."""
     return {
-        name: plain
+        name: _plain(value)
         for name, value in vars(states).items()
-        if before is None or ((old := getattr(before, name)) is not value and _plain(old) != _plain(value))
-        for plain in (_plain(value),)
+        if before is None or not _same(value, getattr(before, name))
     }
 
 
@@ -78,6 +77,12 @@ def changed(before: GeneratorStates | None, found: dict[str, Any]) -> GeneratorS
         else:
             raise KeyError(name)
     return GeneratorStates(**values)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value is other or np.array_equal(value, other)
+    return bool(_plain(value) == _plain(other))
 
 
 def _plain(value: Any) -> Any:

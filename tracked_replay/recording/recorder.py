@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import NamedTuple
 
@@ -32,7 +35,7 @@ SEEDS = "seeds/derivations.json"
 ENVIRONMENT = "environment/environment.json"
 DIGESTS = "digests.json"
 
-MAX_PENDING = 4  # states that may wait to be written; more and the training waits too
+MAX_PENDING = 4  # steps that may wait to be written; more and the training waits too
 
 BESIDE_A_STATE = 16 * 1024  # bytes of its generator states (10 KB) and its row in the manifest, at most
 MANIFEST_BYTES = 4 * 1024  # bytes of the manifest without its rows, at most
@@ -92,8 +95,8 @@ class Recorder:
         setup: of the training.
         unfinished: an interrupted recording of the same training under ``root``. The process's generators are put
             back to where they were; the training must start from its state.
-        copy_at_once: whether :meth:`add` copies the state, and not the thread; ``None`` for a training on the CPU, where
-            a thread would take turns with it, and where holding on to states means new memory for the next ones.
+        copy_at_once: whether :meth:`add` copies the state, and not the thread; ``None`` for a training on the CPU,
+            where a thread would take turns with it, and holding on to states means new memory for the next ones.
 
     Raises:
         ConfigError: ``record.budget`` is too small; see :func:`checkpoint_distance`.
@@ -113,9 +116,12 @@ class Recorder:
         self._rng = GeneratorsWriter(root)
         self._checkpoints: list[checkpoints.Checkpoint] = []
         self._copy_at_once = setup.device.type == "cpu" if copy_at_once is None else copy_at_once
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
-        self._pending: list[Future[None]] = []
-        self._buffers = [checkpoints.StateBuffer() for _ in range(MAX_PENDING)]  # those that are free
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._free: SimpleQueue[checkpoints.StateBuffer] = SimpleQueue()  # one for each step that may wait
+        for _ in range(MAX_PENDING):
+            self._free.put(checkpoints.StateBuffer())
+        self._error: BaseException | None = None  # after one the thread writes nothing any more
+        self._thread = Thread(target=self._run, name="recorder", daemon=True)
         self._finished = False
         (root / DIGESTS).unlink(missing_ok=True)
         for folder in (trace.FOLDER, GENERATORS, *(() if unfinished else (checkpoints.FOLDER,))):
@@ -127,6 +133,7 @@ class Recorder:
             self._go_on(setup, unfinished)
         self._generators = capture_generator_states()
         _write_setup(root, setup)
+        self._thread.start()
 
     def __enter__(self) -> Recorder:
         return self
@@ -134,7 +141,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if self._error is None:
+            self._error = error
+        self._jobs.put(None)
+        self._thread.join()
         self._journal.close()
         if self._finished and kind is None:
             self._journal.remove()
@@ -156,7 +166,10 @@ class Recorder:
 
     def wait(self) -> None:
         """Wait until all steps so far are on disk."""
-        self._drain(0)
+        free = [self._free.get() for _ in range(MAX_PENDING)]
+        for buffer in free:
+            self._free.put(buffer)
+        self._require_no_error()
 
     def finish(self, final: State) -> str:
         """Record the final state, wait for all writing, write manifest and digests.
@@ -205,29 +218,44 @@ class Recorder:
         row: trace.TraceRow | None = None,
         inputs: Tensor | None = None,
     ) -> None:
-        self._drain(MAX_PENDING - 1)
+        buffer = self._free.get()  # waits where too many do
+        self._require_no_error()
         if self._copy_at_once:
-            self._pending.append(self._pool.submit(self._write, self._prepare(state, generators, row, inputs)))
+            self._jobs.put(_Job(buffer, partial(self._write, *self._prepare(buffer, state, generators, row, inputs))))
         else:
-            self._pending.append(self._pool.submit(self._prepare_and_write, state, generators, row, inputs))
+            self._jobs.put(_Job(buffer, partial(self._prepare_and_write, buffer, state, generators, row, inputs)))
 
-    def _drain(self, allowed: int) -> None:
-        while self._pending and (len(self._pending) > allowed or self._pending[0].done()):
-            self._pending.pop(0).result()
+    def _require_no_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if self._error is None:
+                    job.work()
+            except BaseException as error:  # raised where the training goes on
+                self._error = error
+            finally:
+                self._free.put(job.buffer)
 
     def _prepare(
         self,
+        buffer: checkpoints.StateBuffer,
         state: State,
         generators: GeneratorStates | None,
         row: trace.TraceRow | None,
         inputs: Tensor | None,
-    ) -> _Prepared:
-        """Everything that takes the interpreter, which the training waits for while a thread has it."""
-        buffer, path, line = None, None, b""
+    ) -> tuple[checkpoints.StateBuffer, Path | None, bytes]:
+        """Everything that takes the interpreter, which the training waits for while a thread has it.
+
+        Returns:
+            What :meth:`_write` takes.
+        """
+        path, line = None, b""
         if generators is None:
             digest, size = files.state_digest(state), None
         else:
-            buffer = self._buffers.pop()
             checkpoint = buffer.hold(state)
             self._checkpoints.append(checkpoint)
             self._rng.add(state.step, generators)
@@ -235,33 +263,31 @@ class Recorder:
         if row is not None:
             self._trace.add(row._replace(state_digest=digest), inputs)
             line = self._journal.line(JournalRow(state.step, row.loss, digest, size, generators))
-        return _Prepared(buffer, path, line)
+        return buffer, path, line
 
     def _prepare_and_write(
-        self, state: State, generators: GeneratorStates | None, row: trace.TraceRow | None, inputs: Tensor | None
+        self,
+        buffer: checkpoints.StateBuffer,
+        state: State,
+        generators: GeneratorStates | None,
+        row: trace.TraceRow | None,
+        inputs: Tensor | None,
     ) -> None:
-        self._write(self._prepare(state, generators, row, inputs))
+        self._write(*self._prepare(buffer, state, generators, row, inputs))
 
-    def _write(self, prepared: _Prepared) -> None:
-        if prepared.buffer is not None and prepared.path is not None:
-            prepared.buffer.write(prepared.path)
-            self._buffers.append(prepared.buffer)
-        if prepared.line:
-            self._journal.append(prepared.line)
+    def _write(self, buffer: checkpoints.StateBuffer, path: Path | None, line: bytes) -> None:
+        """Write a checkpoint, where there is a path for one, and then the journal's line, where there is one."""
+        if path is not None:
+            buffer.write(path)
+        if line:
+            self._journal.append(line)
 
 
-class _Prepared(NamedTuple):
-    """A step as it goes to the disk.
+class _Job(NamedTuple):
+    """What the thread does, and the buffer that is free then."""
 
-    Attributes:
-        buffer: holds its state, where that is kept.
-        path: the checkpoint's.
-        line: of the journal; empty after the last step.
-    """
-
-    buffer: checkpoints.StateBuffer | None
-    path: Path | None
-    line: bytes
+    buffer: checkpoints.StateBuffer
+    work: Callable[[], None]
 
 
 def _write_setup(root: Path, setup: TrainingSetup) -> None:
