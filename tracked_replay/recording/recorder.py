@@ -162,7 +162,8 @@ class Recorder:
             state_digest="",  # comes with the copy
         )
         generators, self._generators = self._generators, capture_generator_states()  # the next step starts from these
-        self._submit(record.before, generators if kept else None, row, record.inputs if self._trace.pixels else None)
+        inputs = record.inputs if self._trace.pixels else None
+        self._submit(_Step(record.before, generators if kept else None, row, inputs))
 
     def wait(self) -> None:
         """Wait until all steps so far are on disk."""
@@ -177,7 +178,7 @@ class Recorder:
         Returns:
             SHA-256 of ``digests.json``: the identity of everything recorded.
         """
-        self._submit(final, self._generators)
+        self._submit(_Step(final, self._generators))
         self.wait()
         self._rng.flush()
         self._trace.flush()
@@ -211,19 +212,13 @@ class Recorder:
                 self._rng.add(t, row.generators)
         restore_generator_states(unfinished.generators)
 
-    def _submit(
-        self,
-        state: State,
-        generators: GeneratorStates | None,
-        row: trace.TraceRow | None = None,
-        inputs: Tensor | None = None,
-    ) -> None:
+    def _submit(self, step: _Step) -> None:
         buffer = self._free.get()  # waits where too many do
         self._require_no_error()
         if self._copy_at_once:
-            self._jobs.put(_Job(buffer, partial(self._write, *self._prepare(buffer, state, generators, row, inputs))))
+            self._jobs.put(_Job(buffer, partial(self._write, *self._prepare(buffer, step))))
         else:
-            self._jobs.put(_Job(buffer, partial(self._prepare_and_write, buffer, state, generators, row, inputs)))
+            self._jobs.put(_Job(buffer, lambda: self._write(*self._prepare(buffer, step))))
 
     def _require_no_error(self) -> None:
         if self._error is not None:
@@ -238,14 +233,10 @@ class Recorder:
                 self._error = error
             finally:
                 self._free.put(job.buffer)
+                del job  # and the state with it, while there is nothing to do
 
     def _prepare(
-        self,
-        buffer: checkpoints.StateBuffer,
-        state: State,
-        generators: GeneratorStates | None,
-        row: trace.TraceRow | None,
-        inputs: Tensor | None,
+        self, buffer: checkpoints.StateBuffer, step: _Step
     ) -> tuple[checkpoints.StateBuffer, Path | None, bytes]:
         """Everything that takes the interpreter, which the training waits for while a thread has it.
 
@@ -253,27 +244,17 @@ class Recorder:
             What :meth:`_write` takes.
         """
         path, line = None, b""
-        if generators is None:
-            digest, size = files.state_digest(state), None
+        if step.generators is None:
+            digest, size = files.state_digest(step.state), None
         else:
-            checkpoint = buffer.hold(state)
+            checkpoint = buffer.hold(step.state)
             self._checkpoints.append(checkpoint)
-            self._rng.add(state.step, generators)
+            self._rng.add(checkpoint.step, step.generators)
             path, digest, size = self._root / checkpoint.file, checkpoint.digest, checkpoint.bytes
-        if row is not None:
-            self._trace.add(row._replace(state_digest=digest), inputs)
-            line = self._journal.line(JournalRow(state.step, row.loss, digest, size, generators))
+        if step.row is not None:
+            self._trace.add(step.row._replace(state_digest=digest), step.inputs)
+            line = self._journal.line(JournalRow(step.row.step, step.row.loss, digest, size, step.generators))
         return buffer, path, line
-
-    def _prepare_and_write(
-        self,
-        buffer: checkpoints.StateBuffer,
-        state: State,
-        generators: GeneratorStates | None,
-        row: trace.TraceRow | None,
-        inputs: Tensor | None,
-    ) -> None:
-        self._write(*self._prepare(buffer, state, generators, row, inputs))
 
     def _write(self, buffer: checkpoints.StateBuffer, path: Path | None, line: bytes) -> None:
         """Write a checkpoint, where there is a path for one, and then the journal's line, where there is one."""
@@ -281,6 +262,22 @@ class Recorder:
             buffer.write(path)
         if line:
             self._journal.append(line)
+
+
+class _Step(NamedTuple):
+    """A step as it is recorded.
+
+    Attributes:
+        state: the one before it.
+        generators: the process's generators before it, where the state is kept.
+        row: of the trace; none after the last step.
+        inputs: of the model, (B, ...), where pixels are kept.
+    """
+
+    state: State
+    generators: GeneratorStates | None
+    row: trace.TraceRow | None = None
+    inputs: Tensor | None = None
 
 
 class _Job(NamedTuple):
