@@ -181,7 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a name outside": (
         lambda root: reseal_checkpoint(root, safetensors.torch.save({"evil/../../x": torch.ones(1)})),
-        "checkpoints/step-000000.safetensors is no checkpoint: 'evil/../../x' is not a state's tensor",
+        "checkpoints/step-000000.safetensors is damaged: it is no checkpoint ('evil/../../x' is not a state's tensor",
     ),
     "no rows": (
         lambda root: pq.write_table(pq.read_table(root / MANIFEST)[:0], root / MANIFEST),
