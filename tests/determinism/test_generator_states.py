@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import json
 import os
 import random
 import subprocess
@@ -79,6 +81,21 @@ def test_a_file_keeps_the_moments_apart(tmp_path):
     assert save_generator_states({5: states[4]}, path)[5] != digests[4]  # a row is of its step
     with pytest.raises(ValueError, match="at least one"):
         save_generator_states({}, path)
+
+
+def test_the_digest_is_the_one_that_is_documented(tmp_path):
+    path = tmp_path / "documented.safetensors"
+    _draw_one_normal_each()
+    digests = save_generator_states({2: capture_generator_states(), 5: capture_generator_states()}, path)
+    arrays = safetensors.numpy.load(path.read_bytes())
+    with safetensors.safe_open(path, framework="np") as file:
+        rows = json.loads(file.metadata()["generator_states"])["rows"]
+    for place, row in enumerate(rows):
+        content = json.dumps({**row["scalars"], "step": row["step"]}, sort_keys=True).encode()
+        for name in sorted(arrays):
+            one = arrays[name][place]
+            content += f"\n{name} {one.dtype.str} {one.shape}\n".encode() + one.tobytes()
+        assert hashlib.sha256(content).hexdigest() == row["digest"] == digests[row["step"]]
 
 
 def test_captured_states_are_copies():
