@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from tiny import TinyTask, tiny_config, tiny_setup
 from torch import Tensor, nn
 
@@ -86,6 +87,19 @@ def interrupted(root: Path, every: int = 1) -> list[bytes]:
     lines = (root / "resume/journal.jsonl").read_bytes().splitlines()
     assert len(lines) == STOPPED
     return lines
+
+
+def sealed(contents: Sequence[bytes]) -> bytes:
+    """Lines with their digests, as somebody might write them who knows how."""
+    digest, lines = "", []
+    for content in contents:
+        digest = xxhash.xxh3_128_hexdigest(digest.encode() + content)
+        lines.append(f"{digest} ".encode() + content + b"\n")
+    return b"".join(lines)
+
+
+def content_of(line: bytes) -> bytes:
+    return line.partition(b" ")[2]
 
 
 def write_journal(root: Path, content: bytes) -> None:
@@ -240,7 +254,8 @@ def test_after_a_damaged_file_it_still_ends_with_the_same_bytes(tmp_path: Path) 
 )
 def test_a_line_that_contradicts_its_checkpoint_is_not_gone_on_from(edit: Callable, tmp_path: Path) -> None:
     lines = interrupted(tmp_path)
-    write_journal(tmp_path, b"\n".join([*lines[:-1], json.dumps(edit(json.loads(lines[-1]))).encode()]))
+    contents = list(map(content_of, lines))
+    write_journal(tmp_path, sealed([*contents[:-1], json.dumps(edit(json.loads(contents[-1]))).encode()]))
     assert found_step(tmp_path) == 4
 
 
@@ -263,8 +278,9 @@ def test_a_line_that_contradicts_its_checkpoint_is_not_gone_on_from(edit: Callab
 )
 def test_generator_states_that_are_none_are_not_gone_on_from(found: object, tmp_path: Path) -> None:
     lines = interrupted(tmp_path)
-    row = json.loads(lines[-1])
-    write_journal(tmp_path, b"\n".join([*lines[:-1], json.dumps([*row[:4], found]).encode()]))
+    contents = list(map(content_of, lines))
+    row = json.loads(contents[-1])
+    write_journal(tmp_path, sealed([*contents[:-1], json.dumps([*row[:4], found]).encode()]))
     assert found_step(tmp_path) == 4
 
 
@@ -320,10 +336,45 @@ GARBAGE = [
 @pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
 def test_nothing_counts_from_a_line_on_that_is_none(garbage: bytes, tmp_path: Path) -> None:
     lines = interrupted(tmp_path)
+    contents = list(map(content_of, lines))
+    for some in ([*contents[:3], garbage, *contents[3:]], [garbage, *contents]):
+        write_journal(tmp_path, sealed(some))
+        assert found_step(tmp_path) == (2 if some[0] == contents[0] else None)
     write_journal(tmp_path, b"\n".join([*lines[:3], garbage, *lines[3:]]))
     assert found_step(tmp_path) == 2
-    write_journal(tmp_path, b"\n".join([garbage, *lines]))
-    assert found_step(tmp_path) is None
+
+
+def test_nothing_counts_from_a_line_on_that_was_changed_anywhere(tmp_path: Path) -> None:
+    content = b"\n".join(interrupted(tmp_path)) + b"\n"
+    for position in range(0, len(content), 11):
+        changed_content = bytearray(content)
+        changed_content[position] ^= 1
+        write_journal(tmp_path, bytes(changed_content))
+        assert found_step(tmp_path) == last_of(content[:position].count(b"\n")), position
+    lines = content.splitlines(keepends=True)
+    write_journal(tmp_path, b"".join([*lines[:2], *lines[3:]]))
+    assert found_step(tmp_path) == 1
+    write_journal(tmp_path, b"".join([*lines[:2], lines[3], lines[2], *lines[4:]]))
+    assert found_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_stopped_again_before_anything_is_done_nothing_more_is_lost(every: int, tmp_path: Path) -> None:
+    def setup() -> TrainingSetup:
+        return drawing_setup(record__every=every)
+
+    record(tmp_path / "whole", setup())
+    root = tmp_path / "stopped"
+    record(root, setup(), 5)
+    first = found_step(root)
+    checkpoint = root / f"checkpoints/step-{first:06d}.safetensors"
+    written = checkpoint.stat().st_mtime_ns
+    for stop in (first, first, first + 1, first + 1):
+        assert record(root, setup(), stop).state.step == first
+        assert found_step(root) == first
+    assert checkpoint.stat().st_mtime_ns == written  # what was found whole is not written again
+    assert record(root, setup()).state.step == first
+    assert contents(root) == contents(tmp_path / "whole")
 
 
 def test_there_is_nothing_to_go_on_from_without_a_journal(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from tiny import tiny_config, tiny_setup
+from tiny import TinyTask, tiny_config, tiny_setup
+from torch import nn
 
 from tracked_replay.determinism import load_generator_states
 from tracked_replay.errors import RecordingError, ReplayError
@@ -21,7 +22,7 @@ from tracked_replay.recording import checkpoints as checkpoint_files
 from tracked_replay.recording import generators as generator_files
 from tracked_replay.recording.checkpoints import StateBuffer, checkpoint_bytes, read_checkpoint
 from tracked_replay.replay import states_backward
-from tracked_replay.training import State, train
+from tracked_replay.training import State, set_up, train
 
 
 def record(root: Path, copy_at_once: bool | None = None, **changes: object) -> tuple[Recording, list]:
@@ -127,6 +128,45 @@ def test_pixels_hold_what_the_model_saw(tmp_path: Path) -> None:
     assert str(table.schema.field("pixels").type).startswith("extension<arrow.fixed_shape_tensor")
     pixels = table["pixels"].combine_chunks().to_numpy_ndarray()
     np.testing.assert_array_equal(pixels, np.stack([step.inputs.numpy() for step in records]))
+
+
+class InPlace(TinyTask):
+    """Changes its inputs before it looks at them."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.ReLU(inplace=True), *super().model())
+
+
+def test_pixels_are_those_before_the_model_changed_them(tmp_path: Path) -> None:
+    config = tiny_config(record__pixels=True)
+    setup = set_up(config, InPlace(config))
+    with Recorder(tmp_path, setup) as recorder:
+        for step in train(setup):
+            recorder.add(step)
+        recorder.finish(step.after)
+    pixels = pq.read_table(tmp_path / "trace")["pixels"].combine_chunks().to_numpy_ndarray()
+    assert pixels.min() < 0
+    np.testing.assert_array_equal(pixels, np.stack([setup.batch(t).inputs.numpy() for t in range(setup.plan.steps)]))
+
+
+def test_a_model_with_tensors_of_another_layout_is_read_back_as_it_was_trained(tmp_path: Path) -> None:
+    class Transposed(TinyTask):
+        def model(self) -> nn.Module:
+            model = super().model().to(memory_format=torch.channels_last)
+            model[-1].weight = nn.Parameter(model[-1].weight.detach().t().contiguous().t())
+            return model
+
+    config = tiny_config(train__dtype="float32")
+    setup = set_up(config, Transposed(config))
+    assert all(tensor.is_contiguous() for tensor in setup.initial.flat().values())
+    with Recorder(tmp_path, setup) as recorder:
+        for step in train(setup):
+            recorder.add(step)
+        identity = recorder.finish(step.after)
+    recording = Recording(folder_source(tmp_path), identity)
+    for checkpoint in recording.checkpoints[:-1]:
+        after = setup.take(recording.state(checkpoint))[0].state
+        assert state_digest(after) == recording.checkpoints[checkpoint.step + 1].digest
 
 
 def test_generator_states_are_kept_at_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,7 +249,7 @@ def _half_a_line(step: int) -> None:
 
 def _is_of(line: bytes, step: int) -> bool:
     """Whether a line of the journal is that of a step."""
-    return bool(json.loads(line)[0] == step)
+    return bool(json.loads(line.partition(b" ")[2])[0] == step)
 
 
 def _half_the_metrics(epoch: int) -> None:

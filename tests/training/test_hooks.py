@@ -43,6 +43,8 @@ def by_a_plain_loop(setup: TrainingSetup) -> dict[str, Tensor]:
     made = create_deterministic_model(setup.config.seed, setup.task.model, SHARED_INSTANCE)
     assert isinstance(made, nn.Module)
     model = made.double().train()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()  # as a state's are, so that they are when it is read again
     named = dict(model.named_parameters())
     groups = [
         {"params": [named[name] for name in group.parameters], **group.sgd_arguments} for group in setup.step.groups

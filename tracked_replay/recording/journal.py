@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ from tracked_replay.determinism import GeneratorStates
 from tracked_replay.errors import RecordingError
 from tracked_replay.recording import generators
 from tracked_replay.recording.checkpoints import Checkpoint, checkpoint_file, read_checkpoint
-from tracked_replay.recording.files import write_all
+from tracked_replay.recording.files import content_digest, write_all, write_bytes
 from tracked_replay.training.state import State
 
 FOLDER = "resume"  # under the recording's root, only while it is unfinished
@@ -51,11 +49,13 @@ class Unfinished(NamedTuple):
     Attributes:
         state: the last state that can be gone on from.
         rows: the steps before it.
+        row: its own step.
         generators: the process's generators before its step.
     """
 
     state: State
     rows: tuple[JournalRow, ...]
+    row: JournalRow
     generators: GeneratorStates
 
 
@@ -63,26 +63,36 @@ class Journal:
     """Appends a line a step to ``resume/journal.jsonl`` under ``root``; begins with ``rows``.
 
     A line is handed to the operating system at once, so that a killed process loses none; it is not forced onto the
-    disk, and after a power cut the lines that are whole count.
+    disk, and after a power cut the lines that are whole count. Each begins with a digest of itself and the line before.
+
+    Args:
+        root: the recording's folder.
+        unfinished: what is gone on from. Its step has its line and its checkpoint already, which are left as they are:
+            an interruption in the same step again loses nothing more.
     """
 
-    def __init__(self, root: Path, rows: Sequence[JournalRow] = ()) -> None:
+    def __init__(self, root: Path, unfinished: Unfinished | None = None) -> None:
         self._path = root / FILE
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._generators: GeneratorStates | None = None
-        aside = self._path.with_name("journal.aside")
-        aside.write_bytes(b"".join(map(self.line, rows)))
-        os.replace(aside, self._path)
+        self._digest = ""
+        rows = () if unfinished is None else (*unfinished.rows, unfinished.row)
+        write_bytes(self._path, b"".join([self._next(row) for row in rows]))
+        self.known = None if unfinished is None else unfinished.row.step
         self._stream = self._path.open("ab", buffering=0)
 
     def line(self, row: JournalRow) -> bytes:
-        """The line of the step that comes after the one that this was called with before."""
+        """The line of the step that comes after the one that this was called with before; empty for a known one."""
+        return b"" if row.step == self.known else self._next(row)
+
+    def _next(self, row: JournalRow) -> bytes:
         found = None
         if row.generators is not None:
             found = generators.changes(row.generators, self._generators)
             self._generators = row.generators
         # The loss as hexadecimal digits, which give back the same bits.
-        return json.dumps([row.step, row.loss.hex(), row.digest, row.size, found]).encode() + b"\n"
+        content = json.dumps([row.step, row.loss.hex(), row.digest, row.size, found]).encode()
+        self._digest = _chained(self._digest, content)
+        return f"{self._digest} ".encode() + content + b"\n"
 
     def append(self, line: bytes) -> None:
         """Add the line of a step whose files are in place."""
@@ -115,7 +125,7 @@ def find_unfinished(root: Path, before: int | None = None) -> Unfinished | None:
             state = read_checkpoint(root / row.checkpoint.file, row.checkpoint)
         except (RecordingError, OSError):
             continue  # written but cut short: an earlier one will do
-        return Unfinished(state, tuple(rows[: row.step]), row.generators)
+        return Unfinished(state, tuple(rows[: row.step]), row, row.generators)
     return None
 
 
@@ -125,11 +135,16 @@ def _read(path: Path) -> list[JournalRow]:
     if not path.is_file():
         return rows
     last: GeneratorStates | None = None
+    digest = ""
     for line in path.read_bytes().split(b"\n"):
+        written, _, content = line.partition(b" ")
+        digest = _chained(digest, content)
+        if written != digest.encode():
+            break
         try:
-            step, loss, digest, size, found = json.loads(line)
+            step, loss, state_digest, size, found = json.loads(content)
             states = None if found is None else generators.changed(last, found)
-            row = JournalRow(step, float.fromhex(loss), digest, size, states)
+            row = JournalRow(step, float.fromhex(loss), state_digest, size, states)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             break
         if type(row.step) is not int or row.step != len(rows) or (size is None) != (states is None):
@@ -137,3 +152,8 @@ def _read(path: Path) -> list[JournalRow]:
         last = states or last
         rows.append(row)
     return rows
+
+
+def _chained(before: str, content: bytes) -> str:
+    """Digest of a line and, through the one before, of all before it."""
+    return content_digest(before.encode() + content)

@@ -128,7 +128,7 @@ class Recorder:
             shutil.rmtree(root / folder, ignore_errors=True)
         for leftover in root.rglob(files.ASIDE):
             leftover.unlink()
-        self._journal = Journal(root, () if unfinished is None else unfinished.rows)
+        self._journal = Journal(root, unfinished)
         if unfinished is not None:
             self._go_on(setup, unfinished)
         self._generators = capture_generator_states()
@@ -213,8 +213,8 @@ class Recorder:
         restore_generator_states(unfinished.generators)
 
     def _submit(self, step: _Step) -> None:
-        buffer = self._free.get()  # waits where too many do
         self._require_no_error()
+        buffer = self._free.get()  # waits where too many do
         if self._copy_at_once:
             self._jobs.put(_Job(buffer, partial(self._write, *self._prepare(buffer, step))))
         else:
@@ -251,6 +251,8 @@ class Recorder:
             self._checkpoints.append(checkpoint)
             self._rng.add(checkpoint.step, step.generators)
             path, digest, size = self._root / checkpoint.file, checkpoint.digest, checkpoint.bytes
+            if checkpoint.step == self._journal.known:
+                path = None  # the file that was just read
         if step.row is not None:
             self._trace.add(step.row._replace(state_digest=digest), step.inputs)
             line = self._journal.line(JournalRow(step.row.step, step.row.loss, digest, size, step.generators))

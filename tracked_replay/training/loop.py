@@ -82,7 +82,9 @@ class TrainingSetup:
         t = state.step
         batch = self.batch(t)
         chosen = None if weights is None else weights[..., batch.indices.to(weights.device)]
-        return self.step(state, batch.inputs, batch.labels, self.plan.learning_rates[t].tolist(), chosen), batch
+        # A model may change its inputs in place, and what it saw is recorded afterwards.
+        inputs = batch.inputs.clone() if self.config.record.pixels else batch.inputs
+        return self.step(state, inputs, batch.labels, self.plan.learning_rates[t].tolist(), chosen), batch
 
 
 class StepRecord(NamedTuple):

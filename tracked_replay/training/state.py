@@ -65,8 +65,12 @@ class State:
 
 
 def initial_state(model: nn.Module) -> State:
-    """The state of a freshly made model, copied from it."""
-    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    """The state of a freshly made model, copied from it; contiguous, as a state that was recorded and read again is."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+    trained = {name: copied(p) for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: copied(p) for name, p in model.named_parameters() if not p.requires_grad}
+    buffers = {name: copied(b) for name, b in model.named_buffers()}
     return State(0, trained, frozen | buffers)
