@@ -69,6 +69,12 @@ class Journal:
         root: the recording's folder.
         unfinished: what is gone on from. Its step has its line and its checkpoint already, which are left as they are:
             an interruption in the same step again loses nothing more.
+
+    Attributes:
+        known: that step; None where nothing is gone on from.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
     def __init__(self, root: Path, unfinished: Unfinished | None = None) -> None:
