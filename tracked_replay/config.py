@@ -199,6 +199,11 @@ class ReplayConfig(Section):
         description="targets that are replayed in one call of each kernel, which changes the last digits of their "
         "scores; 0 chooses, 1 makes a target's scores independent of the others to the bit",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="compile the replayed step, which takes minutes once and changes the last digits of scores; `auto` "
+        "compiles where that pays: many steps of a small model on the CPU",
+    )
     per_step: bool = Field(default=False, description="keep the scores of every step as well (large)")
     clip_gradient: bool = Field(default=False, description="clip the replayed gradient's norm; makes scores inexact")
     clip_gradient_norm: float = Field(default=0.5, gt=0, description="largest gradient norm where clip_gradient is on")
@@ -207,6 +212,12 @@ class ReplayConfig(Section):
         default=5.0, gt=0, description="parameter norm above which a step is counted and logged"
     )
     clip_parameter_norm: float = Field(default=10.0, gt=0, description="largest norm of one parameter tensor")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ReplayConfig:
+        if self.compile == "on" and not self.exact:
+            raise ValueError("compile is on beside clip_gradient or clip_parameters; allowed: compile off or auto")
+        return self
 
     @property
     def exact(self) -> bool:

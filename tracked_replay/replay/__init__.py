@@ -2,6 +2,7 @@
 
 from tracked_replay.replay.adjoint import Cotangent, StepAdjoint, measurement_cotangent
 from tracked_replay.replay.check import DerivativeCheck, check_derivatives
+from tracked_replay.replay.compiled import CompilingAdjoint
 from tracked_replay.replay.differentiable import DifferentiableModel
 from tracked_replay.replay.saved import SavedReplay, load_replay, save_replay
 from tracked_replay.replay.scores import PerStepWriter, ScoreSum, curves, influence_table, write_influence
@@ -10,6 +11,7 @@ from tracked_replay.replay.targets import Target, combine, parse_targets
 from tracked_replay.replay.traversal import Replay, StepScores, require_recorded_plan
 
 __all__ = [
+    "CompilingAdjoint",
     "Cotangent",
     "DerivativeCheck",
     "DifferentiableModel",

@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -79,6 +80,56 @@ class ClipCounts:
     changed: int = 0
 
 
+class Linearisation(Protocol):
+    """A step as a linear function of small changes to what it starts from; its adjoint can be taken."""
+
+    @property
+    def updated(self) -> Collection[str]:
+        """Names of the running statistics that the step changes."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Of the batch, a scalar; may be known only after the first pull."""
+
+    def pull(self, tangents: Sequence[Tensor], count: int, retain: bool) -> Sequence[Tensor]:
+        """What reaches parameters, running statistics and example weights.
+
+        Args:
+            tangents: cotangents of the gradients and of the updated statistics; of several targets with one more
+                dimension in front.
+            count: of targets.
+            retain: whether more will be pulled.
+        """
+
+
+@dataclass
+class GradientGraph:
+    """The gradient graph of a step, built by autograd.
+
+    Attributes:
+        loss: of the batch, a scalar.
+        gradients: of the parameters, differentiable.
+        updated: the running statistics that the step changes, as they are after it, differentiable.
+        sources: parameters, all running statistics, and example weights.
+    """
+
+    loss: Tensor
+    gradients: Tensors
+    updated: Tensors
+    sources: Sequence[Tensor]
+
+    def pull(self, tangents: Sequence[Tensor], count: int, retain: bool) -> Sequence[Tensor]:
+        """As in :class:`Linearisation`; raises what a layer without a rule for several targets raises."""
+        outputs = [*self.gradients.values(), *self.updated.values()]
+
+        def pull(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(
+                outputs, self.sources, given, retain_graph=retain, allow_unused=True, materialize_grads=True
+            )
+
+        return pull(tangents) if count == 1 else torch.vmap(pull)(tangents)
+
+
 @dataclass
 class StepAdjoint:
     """Pulls cotangents of the state after a step back to the state before it, and gives the example scores.
@@ -130,45 +181,80 @@ class StepAdjoint:
             NumericalError: NaN or Inf in a cotangent.
         """
         self._require_known_buffers(before, after)
-        parameters = {name: tensor.detach().requires_grad_() for name, tensor in before.parameters.items()}
-        statistics = {name: before.buffers[name].detach().requires_grad_() for name in self.model.statistics}
+        graph = self.graph(before.parameters, before.buffers, inputs, labels, lambda: self._seed(before))
+        gradient_scale = self._gradient_scale(graph.gradients)
+        return self._pull_through(graph, before, after, learning_rates, cotangents, recorded_loss, gradient_scale)
+
+    def graph(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        inputs: Tensor,
+        labels: Tensor,
+        seed: Callable[[], None] | None,
+    ) -> GradientGraph:
+        """Linearise a step.
+
+        Args:
+            parameters: before the step.
+            buffers: before the step.
+            inputs: model inputs of the batch, (B, ...).
+            labels: (B,).
+            seed: see :meth:`DifferentiableModel.training_outputs`.
+        """
+        parameters = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+        statistics = {name: buffers[name].detach().requires_grad_() for name in self.model.statistics}
         weights = torch.ones(len(labels), dtype=inputs.dtype, device=inputs.device, requires_grad=True)
-        loss, updated = self._forward(before, parameters, statistics, weights, inputs, labels)
-        _require_carried(before, after, [name for name in statistics if name not in updated])
-        if recorded_loss is not None:
-            _require_same_loss(before.step, loss, recorded_loss)
+        outputs = self.model.training_outputs({**buffers, **parameters, **statistics}, inputs, seed)
+        loss = weighted_loss(self.step.per_example_loss(outputs, labels), len(labels), weights)
+        updated = self.model.updated_statistics()
         gradients = gradient(loss, parameters, create_graph=True)
+        return GradientGraph(loss, gradients, updated, [*parameters.values(), *statistics.values(), weights])
 
+    def _seed(self, before: State) -> None:
+        seed_step(self.step.seed, before.step)
+
+    def _pull_through(
+        self,
+        graph: Linearisation,
+        before: State,
+        after: State,
+        learning_rates: Sequence[float],
+        cotangents: Sequence[Cotangent],
+        recorded_loss: float | None,
+        gradient_scale: float = 1.0,
+    ) -> tuple[list[Cotangent], Tensor]:
+        """As :meth:`pull_back`, through a linearisation of the step's gradient."""
+        statistics = self.model.statistics
+        _require_carried(before, after, [name for name in statistics if name not in graph.updated])
         parameter_scales = self._parameter_scales(after)
-        gradient_scale = self._gradient_scale(gradients)
         self.clips.changed += gradient_scale < 1 or bool(parameter_scales)
-
-        outputs = [*gradients.values(), *updated.values()]
-        sources = [*parameters.values(), *statistics.values(), weights]
         results: list[Cotangent] = []
         scores: list[Tensor] = []
         while len(results) < len(cotangents):
             chosen = cotangents[len(results) :][: self._at_once()]
             given = chosen[0] if len(chosen) == 1 else Cotangent.stacked(chosen)
             passed, momentum, q = self._through_optimizer(before, learning_rates, given, parameter_scales)
-            tangents = [q[name] * gradient_scale if gradient_scale < 1 else q[name] for name in gradients]
-            tangents += [given.statistics[name] for name in updated]
+            tangents = [q[name] * gradient_scale if gradient_scale < 1 else q[name] for name in before.parameters]
+            tangents += [given.statistics[name] for name in graph.updated]
             more = len(results) + len(chosen) < len(cotangents)
-            pulled = self._pull(outputs, sources, tangents, len(chosen), more)
+            pulled = self._pull(graph, tangents, len(chosen), more)
             if pulled is None:
                 continue
             # Contiguous, whatever layout the kernels left: a cotangent that was saved and read again is so too.
-            products = {name: product.contiguous() for name, product in zip(parameters, pulled, strict=False)}
+            products = {name: product.contiguous() for name, product in zip(before.parameters, pulled, strict=False)}
             # What a layer that stands still in this step leaves as it was passes its cotangent on.
-            carried = {name: given.statistics[name] for name in statistics if name not in updated}
-            reaching = zip(statistics, pulled[len(parameters) :], strict=False)
+            carried = {name: given.statistics[name] for name in statistics if name not in graph.updated}
+            reaching = zip(statistics, pulled[len(products) :], strict=False)
             result = Cotangent(
-                parameters={name: passed[name] + products[name] for name in parameters},
+                parameters={name: passed[name] + product for name, product in products.items()},
                 statistics={name: pull + carried[name] if name in carried else pull for name, pull in reaching},
                 momentum=momentum,
             )
             results += [result] if len(chosen) == 1 else result.unstacked(len(chosen))
             scores += [pulled[-1]] if len(chosen) == 1 else pulled[-1].unbind()
+        if recorded_loss is not None:
+            _require_same_loss(before.step, graph.loss, recorded_loss)
         stacked = torch.stack(scores)
         _require_finite(before.step, stacked, results)
         return results, stacked
@@ -181,25 +267,15 @@ class StepAdjoint:
         return self.together
 
     def _pull(
-        self, outputs: Sequence[Tensor], sources: Sequence[Tensor], tangents: Sequence[Tensor], count: int, retain: bool
+        self, graph: Linearisation, tangents: Sequence[Tensor], count: int, retain: bool
     ) -> Sequence[Tensor] | None:
-        """The derivatives of outputs · tangents; ``None`` where several at once cannot be had."""
-
-        retain = retain or (count > 1 and not self._tried)
-
-        def pull(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(
-                outputs, sources, given, retain_graph=retain, allow_unused=True, materialize_grads=True
-            )
-
-        if count == 1:
-            return pull(tangents)
-        if self._tried:
-            return torch.vmap(pull)(tangents)
+        """What ``graph`` pulls back; ``None`` where several at once cannot be had."""
+        if count == 1 or self._tried:
+            return graph.pull(tangents, count, retain)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=NO_RULE)
-                found = torch.vmap(pull)(tangents)
+                found = graph.pull(tangents, count, retain=True)
         except TrackedReplayError:
             raise
         except Exception as error:  # of whatever kind: one that is not about several comes again with one
@@ -218,15 +294,6 @@ class StepAdjoint:
             ) from None
         logger.info("one target at a time: a layer cannot be differentiated for several at once (%s)", words)
         self.together = 1
-
-    def _forward(
-        self, before: State, parameters: Tensors, statistics: Tensors, weights: Tensor, inputs: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensors]:
-        """The batch loss and the next running statistics, both as differentiable functions."""
-        tensors = {**before.buffers, **parameters, **statistics}
-        outputs = self.model.training_outputs(tensors, inputs, lambda: seed_step(self.step.seed, before.step))
-        losses = self.step.per_example_loss(outputs, labels)
-        return weighted_loss(losses, len(labels), weights), self.model.updated_statistics()
 
     def _through_optimizer(
         self, before: State, learning_rates: Sequence[float], cotangent: Cotangent, scales: dict[str, float]

@@ -189,7 +189,7 @@ class DifferentiableModel:
         self._channels_last = True
         self.largest_activation = 0
 
-    def training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
+    def training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None] | None) -> Tensor:
         """Outputs in train mode, as a differentiable function of ``tensors``.
 
         On the CPU images are laid out with the channels last, in which convolution, pooling and BatchNorm are faster.
@@ -199,7 +199,8 @@ class DifferentiableModel:
         Args:
             tensors: parameters and buffers by name.
             inputs: (B, ...).
-            seed: sets torch's generators for this pass.
+            seed: sets torch's generators for this pass; ``None`` where it draws nothing and an earlier pass has shown
+                which layout the model takes.
         """
         self.module.train()
         with ExitStack() as contexts:
@@ -223,8 +224,12 @@ class DifferentiableModel:
             for hook in hooks:
                 hook.remove()
 
-    def _training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None]) -> Tensor:
-        if self._channels_last and inputs.ndim == 4 and inputs.device.type == "cpu":
+    def _training_outputs(self, tensors: Tensors, inputs: Tensor, seed: Callable[[], None] | None) -> Tensor:
+        channels_last = self._channels_last and inputs.ndim == 4 and inputs.device.type == "cpu"
+        if seed is None:
+            layout = torch.channels_last if channels_last else torch.preserve_format
+            return functional_call(self.module, tensors, (inputs.clone(memory_format=layout),))
+        if channels_last:
             outputs = self._with_channels_last(tensors, inputs, seed)
             if outputs is not None:
                 return outputs

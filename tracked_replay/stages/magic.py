@@ -26,11 +26,11 @@ from tracked_replay.recording import Recording, state_digest, write_json, write_
 from tracked_replay.recording.journal import FOLDER as RESUME
 from tracked_replay.recording.recorder import CONFIG
 from tracked_replay.replay import (
+    CompilingAdjoint,
     PerStepWriter,
     Replay,
     SavedReplay,
     ScoreSum,
-    StepAdjoint,
     Target,
     check_derivatives,
     combine,
@@ -231,7 +231,7 @@ def _magic(
         root = Path(folder)
         write_text(root / CONFIG, config.to_toml())
         held = _held_derivatives(setup, recording, targets, run) if exact else "not held against finite differences"
-        adjoint = StepAdjoint(setup.step, config.replay)
+        adjoint = CompilingAdjoint(setup.step, config.replay, steps=recording.trace.steps)
         _replay(setup, recording, targets, adjoint, plan, total, aside, saved, run)
         labels = problem.data.train.labels.cpu().numpy()
         write_influence(root, influence_table(targets, total.scores, labels))
@@ -239,7 +239,6 @@ def _magic(
         for t, value in enumerate(total.absolute.mean(axis=0)):
             run.metric("influence_by_step/absolute_sum", value, t)
         run.metric("measurement/mean_over_targets", float(np.mean([value for _, value in values])))
-        run.params({"replay_targets_at_once_used": adjoint.together})
         if not exact:
             for name, count in dataclasses.asdict(adjoint.clips).items():
                 run.metric(f"clip/steps_{name}", count)
@@ -285,7 +284,7 @@ def _replay(
     setup: TrainingSetup,
     recording: Recording,
     targets: Sequence[Target],
-    adjoint: StepAdjoint,
+    adjoint: CompilingAdjoint,
     plan: Plan,
     total: ScoreSum,
     aside: Path,
@@ -308,14 +307,24 @@ def _replay(
     logger.info("replaying %d steps for %s (%s mode): %s", steps - done, count, plan.mode, what)
     started = last_saved = time.perf_counter()
     replay = Replay(setup, recording, targets, adjoint, plan, position)
-    for step in progress(replay, steps, f"replay ({plan.mode})", done=done):
+    for taken, step in enumerate(progress(replay, steps, f"replay ({plan.mode})", done=done)):
         total.add(step)
         per_step.add(step)
+        if not taken:
+            _log_choices(adjoint, run)
         if time.perf_counter() - last_saved >= SECONDS_BETWEEN_SAVES:
             save_replay(aside, replay, total, per_step, adjoint.clips)
             last_saved = time.perf_counter()
     per_step.flush()
     run.metric("replay/seconds", time.perf_counter() - started)
+
+
+def _log_choices(adjoint: CompilingAdjoint, run: StageRun) -> None:
+    """What the first step has decided."""
+    run.params({"replay_targets_at_once_used": adjoint.together, "replay_compile_used": adjoint.compiled})
+    if adjoint.deviation is not None:
+        run.metric("checks/compiled_deviation", adjoint.deviation)
+        run.metric("replay/compile_seconds", adjoint.seconds)
 
 
 def _plan_in_words(plan: Plan, setup: TrainingSetup, recording: Recording) -> str:
