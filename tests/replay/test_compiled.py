@@ -237,7 +237,7 @@ def test_a_compiled_function_that_is_another_one_is_told(
     np.testing.assert_array_equal(found, replayed(setup, recording, StepAdjoint(setup.step)))
 
 
-def test_it_is_on_by_itself_where_there_are_steps_enough_of_a_small_model(
+def test_it_is_on_by_itself_where_there_are_steps_enough_of_one_target_or_a_small_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = tiny_setup()
@@ -259,7 +259,8 @@ def test_it_is_on_by_itself_where_there_are_steps_enough_of_a_small_model(
     assert chosen(1, compile="off") is False
     assert chosen(1, clip_parameters=True) is False
     monkeypatch.setattr(compiled, "SMALL_ACTIVATION", 16 * 4 * 4 * 8 - 1)  # the inputs have a byte more
-    assert chosen(1) is False
+    assert chosen(1) is True  # one target
+    assert chosen(1, targets=2) is False
 
 
 def test_an_adjoint_that_is_not_used_for_a_whole_training_is_not_compiled(
