@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,13 +76,15 @@ def setup_of(layer: Callable[[], nn.Module], **changes: object) -> TrainingSetup
     return set_up(config, Own(config))
 
 
-def not_compiled(monkeypatch: pytest.MonkeyPatch, scale: float = 1.0) -> list[int]:
-    """Let the function stand for its compiled form, times ``scale``; gives a list of the calls of it."""
+def not_compiled(monkeypatch: pytest.MonkeyPatch, scale: float = 1.0, *, in_the_last_digit: bool = False) -> list[int]:
+    """Let the function stand for its compiled form, times ``scale`` or rounded otherwise; lists the calls of it."""
     calls: list[int] = []
 
     def identity(function: Callable[..., list[Tensor]], arguments: object) -> Callable[..., list[Tensor]]:
-        def run(*given: object) -> list[Tensor]:
+        def run(*given: Any) -> list[Tensor]:
             calls.append(1)
+            if in_the_last_digit:
+                given = ([tensor * (1 + 3e-16) for tensor in given[0]], *given[1:])
             return [tensor * scale for tensor in function(*given)]
 
         return run
@@ -235,6 +238,20 @@ def test_a_compiled_function_that_is_another_one_is_told(
     assert through.compiled is False
     assert "the replay's step is not compiled: compiled, its derivatives are 1e-10" in caplog.text
     np.testing.assert_array_equal(found, replayed(setup, recording, StepAdjoint(setup.step)))
+
+
+def test_what_rounding_does_to_a_model_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = tiny_setup()
+    recording = recorded(setup, tmp_path)
+    monkeypatch.setattr(compiled, "TOLERANCE", 0)
+    not_compiled(monkeypatch, in_the_last_digit=True)
+    through = compiling(setup)
+    replayed(setup, recording, through)
+    assert through.deviation is not None
+    assert 0 < through.deviation < 1e-13
+    monkeypatch.setattr(compiled, "ROUNDING", 0)
+    with pytest.raises(ReplayError, match=r"compiled: compiled, its derivatives are .*e-1[0-9] of themselves"):
+        replayed(setup, recording, compiling(setup))
 
 
 def test_it_is_on_by_itself_where_there_are_steps_enough_of_one_target_or_a_small_model(
