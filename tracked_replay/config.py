@@ -202,7 +202,8 @@ class ReplayConfig(Section):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="compile the replayed step, which takes minutes once and changes the last digits of scores; `auto` "
-        "compiles where that pays: 10,000 steps or more on the CPU, of one target or a small model",
+        "compiles where that pays: 10,000 or more steps (times groups of targets) on the CPU, for one target or a "
+        "small model",
     )
     per_step: bool = Field(default=False, description="keep the scores of every step as well (large)")
     clip_gradient: bool = Field(default=False, description="clip the replayed gradient's norm; makes scores inexact")

@@ -76,8 +76,11 @@ def setup_of(layer: Callable[[], nn.Module], **changes: object) -> TrainingSetup
     return set_up(config, Own(config))
 
 
-def not_compiled(monkeypatch: pytest.MonkeyPatch, scale: float = 1.0, *, in_the_last_digit: bool = False) -> list[int]:
-    """Let the function stand for its compiled form, times ``scale`` or rounded otherwise; lists the calls of it."""
+def not_compiled(
+    monkeypatch: pytest.MonkeyPatch, scale: float = 1.0, *, in_the_last_digit: bool = False, apart: float = 0.0
+) -> list[int]:
+    """Let the function stand for its compiled form, times ``scale``, rounded otherwise, or with
+    statistics that are ``apart``; lists the calls of it."""
     calls: list[int] = []
 
     def identity(function: Callable[..., list[Tensor]], arguments: object) -> Callable[..., list[Tensor]]:
@@ -85,7 +88,8 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch, scale: float = 1.0, *, in_the_
             calls.append(1)
             if in_the_last_digit:
                 given = ([tensor * (1 + 3e-16) for tensor in given[0]], *given[1:])
-            return [tensor * scale for tensor in function(*given)]
+            loss, statistics, *pulled = function(*given)
+            return [loss, statistics + apart, *(tensor * scale for tensor in pulled)]
 
         return run
 
@@ -195,13 +199,32 @@ class Branching(nn.Module):
         return torch.tanh(inputs) * (1 + steps % 2) + 0 * self.count(inputs[:, :1])
 
 
+class Seeded(nn.Module):
+    """Takes another way in some steps, by the seed that a step sets."""
+
+    def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.other(inputs) if self.training and torch.initial_seed() % 2 else inputs.sin()
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
         (lambda: nn.Dropout(0.3), "it draws random numbers, by aten."),
-        (Branching, r"tracing the model failed \(\w+: "),
+        (
+            Branching,
+            r"the model or the loss branches on a value, uses NumPy, or does else what cannot be traced \(\w+: ",
+        ),
+        (lambda: Seeded(torch.tanh), r"its forward pass in step \d is another than in step 0, by the seed alone"),
+        (
+            lambda: Seeded(lambda x: x * np.random.default_rng(torch.initial_seed()).random()),
+            r"its forward pass in step \d is another",
+        ),
     ],
-    ids=["random numbers", "a branch on a value"],
+    ids=["random numbers", "a branch on a value", "a branch on the seed", "a number from the seed"],
 )
 def test_a_model_that_cannot_be_traced_is_refused_or_left_as_it_is(
     layer: Callable[[], nn.Module],
@@ -227,7 +250,8 @@ def test_a_model_that_cannot_be_traced_is_refused_or_left_as_it_is(
 def test_a_compiled_function_that_is_another_one_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    setup = tiny_setup()
+    # The last step's learning rate is 0: its own cotangents say nothing.
+    setup = tiny_setup(train__schedule="one_cycle", train__lr_end=0.0)
     recording = recorded(setup, tmp_path)
     not_compiled(monkeypatch, scale=1 + 1e-10)
     with pytest.raises(ReplayError, match=r"compiled: compiled, its derivatives are 1e-10 of themselves from uncomp"):
@@ -254,6 +278,47 @@ def test_what_rounding_does_to_a_model_is_allowed(tmp_path: Path, monkeypatch: p
         replayed(setup, recording, compiling(setup))
 
 
+def test_other_running_statistics_than_those_of_the_training_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = tiny_setup()
+    not_compiled(monkeypatch, apart=1e-9)
+    with pytest.raises(
+        ReplayError, match=r"^step 8: the compiled step gives running statistics that are 1e-09 of them"
+    ):
+        replayed(setup, recorded(setup, tmp_path), compiling(setup))
+
+
+def test_how_far_statistics_are_apart() -> None:
+    recorded = {"a.running_mean": torch.tensor([3.0, 4.0]), "a.running_var": torch.tensor([9.0, 16.0])}
+    found = {name: tensor.clone() for name, tensor in recorded.items()}
+    assert compiled._apart(found, recorded, torch.tensor(0.0)) == 0
+    found["a.running_mean"][0] += 1
+    assert compiled._apart(found, recorded, torch.tensor(0.0)).item() == pytest.approx(1 / (5 + 5))
+    found["a.running_var"][0] += 1
+    assert compiled._apart(found, recorded, torch.tensor(0.0)).item() == pytest.approx(1 / (5 + 5))
+    found["a.running_var"][0] += 5
+    assert compiled._apart(found, recorded, torch.tensor(0.0)).item() == pytest.approx(6 / 337**0.5)
+
+
+@NEEDS_COMPILER
+def test_tensors_of_the_tasks_own_are_constants(tmp_path: Path) -> None:
+    class Weighted(TinyTask):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+
+        def per_example_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return super().per_example_loss(outputs, labels) * self.weights[labels]
+
+    config = tiny_config()
+    setup = set_up(config, Weighted(config))
+    recording, through = recorded(setup, tmp_path), compiling(setup)
+    found = replayed(setup, recording, through, TARGETS[:1])
+    assert through.compiled
+    np.testing.assert_allclose(found, replayed(setup, recording, StepAdjoint(setup.step), TARGETS[:1]), rtol=1e-12)
+
+
 def test_it_is_on_by_itself_where_there_are_steps_enough_of_one_target_or_a_small_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +334,7 @@ def test_it_is_on_by_itself_where_there_are_steps_enough_of_one_target_or_a_smal
         return through.compiled
 
     assert chosen(steps) is True
-    assert len(calls) == steps + 1  # each step, and once to hold it against the other way
+    assert len(calls) == steps + 1  # each step, and one to hold it against the other way
     assert chosen(steps + 1) is False
     assert chosen(3 * steps, targets=3) is False  # they go together, so each step is one call
     assert chosen(3 * steps, targets=3, targets_at_once=1) is True
@@ -293,3 +358,17 @@ def test_an_adjoint_that_is_not_used_for_a_whole_training_is_not_compiled(
 def test_it_is_refused_beside_clipping(clip: str) -> None:
     with pytest.raises(ConfigError, match=r"compile is on beside clip_gradient or clip_parameters; allowed: compile"):
         Config().override({"replay.compile": "on", f"replay.{clip}": True})
+
+
+def test_what_keeps_torch_from_compiling_is_told_before_it_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = tiny_setup()
+    recording = recorded(setup, tmp_path / "recording")
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        with pytest.raises(ReplayError, match=r"the environment variable TORCHDYNAMO_DISABLE switches it off"):
+            replayed(setup, recording, compiling(setup))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "with a space"))
+    with pytest.raises(ReplayError, match=r"folder whose path has a space, found '.*/with a space' \(TORCHINDUCTOR_"):
+        replayed(setup, recording, compiling(setup))

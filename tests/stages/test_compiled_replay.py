@@ -14,9 +14,9 @@ from tiny import own_config, write_task
 
 import tracked_replay as tr
 from tracked_replay.errors import ReplayError
-from tracked_replay.replay import Replay
+from tracked_replay.replay import CompilingAdjoint, Replay, load_replay
 from tracked_replay.stages import magic
-from tracked_replay.tracking import names
+from tracked_replay.tracking import Workspace, names
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler for the CPU"
@@ -51,8 +51,8 @@ def test_a_run_says_that_its_replay_was_compiled_and_how_far_that_is_from_the_ot
     assert (found != expected).any()
 
 
-def test_an_interrupted_compiled_replay_ends_with_the_same_bits(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tr.magic(trained, "0-1", overrides=ON)
+def interrupted(train_run_id: str, targets: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A compiled replay that was stopped in the middle; its run ID."""
     monkeypatch.setattr(magic, "SECONDS_BETWEEN_SAVES", 0.0)
     real = magic.save_replay
 
@@ -64,19 +64,47 @@ def test_an_interrupted_compiled_replay_ends_with_the_same_bits(trained: str, mo
     with monkeypatch.context() as patch:
         patch.setattr(magic, "save_replay", save)
         with pytest.raises(KeyboardInterrupt):
-            tr.magic(trained, "0-1", overrides=ON, force=True)
+            tr.magic(train_run_id, targets, overrides=ON, force=True)
     (stopped,) = mlflow.search_runs(filter_string="attributes.status = 'KILLED'", output_format="list")
-    # Another replay of the same is finished, and would be found first.
-    mlflow.MlflowClient().set_tag(whole, names.FINGERPRINT, "another")
-    assert tr.magic(trained, "0-1", overrides=ON) == stopped.info.run_id
-    np.testing.assert_array_equal(bits(scores_of(stopped.info.run_id)), bits(scores_of(whole)))
+    return str(stopped.info.run_id)
+
+
+def test_an_interrupted_compiled_replay_ends_with_the_same_bits(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tr.magic(trained, "0-1", overrides=ON)
+    stopped = interrupted(trained, "0-1", monkeypatch)
+    mlflow.MlflowClient().set_tag(whole, names.FINGERPRINT, "another")  # it would be found first
+    assert tr.magic(trained, "0-1", overrides=ON) == stopped
+    np.testing.assert_array_equal(bits(scores_of(stopped)), bits(scores_of(whole)))
+
+
+def test_a_replay_that_was_compiled_does_not_go_on_without(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = interrupted(trained, "0-2", monkeypatch)
+    folder = Workspace.of(stopped).folder / magic.RESUME
+    saved = load_replay(folder, "cpu")
+    assert saved is not None
+    assert saved.compiled is True
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setattr(CompilingAdjoint, "_pays", lambda *_: False)  # what `auto` would say now
+    real = CompilingAdjoint.__post_init__
+
+    def automatic(self: CompilingAdjoint) -> None:
+        self.config = self.config.model_copy(update={"compile": "auto"})
+        real(self)
+
+    monkeypatch.setattr(CompilingAdjoint, "__post_init__", automatic)
+    with pytest.raises(
+        ReplayError, match=r"^replay\.compile: the interrupted replay was compiled, but the step cannot be"
+    ):
+        tr.magic(trained, "0-2", overrides=ON)
+    assert mlflow.get_run(stopped).info.status == "FAILED"
 
 
 def test_a_model_that_cannot_be_compiled_leaves_a_failed_run_and_none_that_runs(
     trained: str, shared_store: Path
 ) -> None:
+    failed = statuses().count("magic FAILED")
     task = write_task(shared_store, ("nn.Tanh()", "nn.Dropout(0.2)"), name="dropout.py")
     with pytest.raises(ReplayError, match=r"replay\.compile: found on, but the step cannot be compiled: it draws"):
         tr.magic(config=own_config(task), targets="0", overrides=ON)
-    assert statuses().count("magic FAILED") == 1
+    assert statuses().count("magic FAILED") == failed + 1
     assert not any("RUNNING" in status for status in statuses())

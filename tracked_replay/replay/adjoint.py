@@ -181,7 +181,7 @@ class StepAdjoint:
             NumericalError: NaN or Inf in a cotangent.
         """
         self._require_known_buffers(before, after)
-        graph = self.graph(before.parameters, before.buffers, inputs, labels, lambda: self._seed(before))
+        graph = self.graph(before.parameters, before.buffers, inputs, labels, lambda: self._seed(before.step))
         gradient_scale = self._gradient_scale(graph.gradients)
         return self._pull_through(graph, before, after, learning_rates, cotangents, recorded_loss, gradient_scale)
 
@@ -211,8 +211,8 @@ class StepAdjoint:
         gradients = gradient(loss, parameters, create_graph=True)
         return GradientGraph(loss, gradients, updated, [*parameters.values(), *statistics.values(), weights])
 
-    def _seed(self, before: State) -> None:
-        seed_step(self.step.seed, before.step)
+    def _seed(self, step: int) -> None:
+        seed_step(self.step.seed, step)
 
     def _pull_through(
         self,

@@ -15,6 +15,7 @@ import torch
 
 from tracked_replay.recording.files import content_digest, write_bytes
 from tracked_replay.replay.adjoint import ClipCounts, Cotangent
+from tracked_replay.replay.compiled import CompilingAdjoint
 from tracked_replay.replay.scores import PER_STEP, STEPS_PER_FILE, PerStepWriter, ScoreSum
 from tracked_replay.replay.traversal import Replay, StepScores
 from tracked_replay.training.state import Tensors
@@ -36,6 +37,7 @@ class SavedReplay:
         held: steps that the per-step writer has not written yet.
         parts: number of per-step parts that it has.
         clips: what clipping did.
+        compiled: whether its steps are compiled.
     """
 
     step: int
@@ -45,6 +47,7 @@ class SavedReplay:
     held: tuple[StepScores, ...]
     parts: int
     clips: ClipCounts
+    compiled: bool
 
     def restore(self, total: ScoreSum, per_step: PerStepWriter, clips: ClipCounts) -> None:
         """Put the sums and counts back."""
@@ -54,7 +57,9 @@ class SavedReplay:
             setattr(clips, item.name, getattr(self.clips, item.name))
 
 
-def save_replay(folder: Path, replay: Replay, total: ScoreSum, per_step: PerStepWriter, clips: ClipCounts) -> None:
+def save_replay(
+    folder: Path, replay: Replay, total: ScoreSum, per_step: PerStepWriter, adjoint: CompilingAdjoint
+) -> None:
     """Write ``replay.saved`` into a folder, in place of an earlier one."""
     tensors: Tensors = {"scores": torch.from_numpy(total.scores), "absolute": torch.from_numpy(total.absolute)}
     for place, cotangent in enumerate(replay.cotangents):
@@ -71,7 +76,8 @@ def save_replay(folder: Path, replay: Replay, total: ScoreSum, per_step: PerStep
         "targets": len(replay.cotangents),
         "parts": per_step.parts,
         "held": [step.step for step in per_step.held],
-        "clips": dataclasses.asdict(clips),
+        "clips": dataclasses.asdict(adjoint.clips),
+        "compiled": adjoint.compiled,
     }
     content = safetensors.torch.save(tensors, metadata={METADATA: json.dumps(facts)})
     # The digest stands before the content: a file that was cut short, or put together from two, is not used.
@@ -106,6 +112,7 @@ def load_replay(folder: Path, device: torch.device | str) -> SavedReplay | None:
         held,
         facts["parts"],
         ClipCounts(**facts["clips"]),
+        facts["compiled"],
     )
 
 

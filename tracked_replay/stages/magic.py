@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,8 @@ def _magic(
             run.image(enlarged(picture.pixels), key="targets", step=place)
         log_along_training(run, aside, problem, pictures, recording.trace.steps)
         run.table(_top_examples(root, problem, targets, total.scores), "tables/top_examples.json")
-        run.describe(_description(problem, values, total.scores, train_run_id, run.run_id, plan.mode, exact, held))
+        how = f"{plan.mode} mode{', compiled' if adjoint.compiled else ''}"
+        run.describe(_description(problem, values, total.scores, train_run_id, run.run_id, how, exact, held))
         if config.replay.per_step:
             shutil.copytree(aside / PER_STEP, root / PER_STEP)
         publish(run, root)
@@ -297,23 +299,27 @@ def _replay(
     position = None
     if saved is not None:
         saved.restore(total, per_step, adjoint.clips)
+        adjoint.chosen = saved.compiled
         position, done = (saved.step, saved.cotangents), steps - saved.step
         if saved.step:
             logger.info("going on at step %d of an interrupted replay, run %s", saved.step, run.run_id)
         else:
             logger.info("going on with an interrupted replay that had come to the first step, run %s", run.run_id)
     what = _plan_in_words(plan, setup, recording)
-    count = f"{len(targets)} target{'s' if len(targets) != 1 else ''}"
-    logger.info("replaying %d steps for %s (%s mode): %s", steps - done, count, plan.mode, what)
+    whose = f"{len(targets)} target{'s' if len(targets) != 1 else ''}"
+    logger.info("replaying %d steps for %s (%s mode): %s", steps - done, whose, plan.mode, what)
     started = last_saved = time.perf_counter()
     replay = Replay(setup, recording, targets, adjoint, plan, position)
-    for taken, step in enumerate(progress(replay, steps, f"replay ({plan.mode})", done=done)):
+    taken = iter(replay)
+    first = list(islice(taken, 1))  # may compile, which says nothing of the time that the others take
+    others = progress(taken, steps, f"replay ({plan.mode})", done=done + len(first))
+    for count, step in enumerate(chain(first, others)):
         total.add(step)
         per_step.add(step)
-        if not taken:
+        if not count:
             _log_choices(adjoint, run)
         if time.perf_counter() - last_saved >= SECONDS_BETWEEN_SAVES:
-            save_replay(aside, replay, total, per_step, adjoint.clips)
+            save_replay(aside, replay, total, per_step, adjoint)
             last_saved = time.perf_counter()
     per_step.flush()
     run.metric("replay/seconds", time.perf_counter() - started)
@@ -445,7 +451,7 @@ def _description(
     scores: np.ndarray,
     train_run_id: str,
     run_id: str,
-    mode: str,
+    how: str,
     exact: bool,
     held: str,
 ) -> str:
@@ -467,7 +473,7 @@ def _description(
         f"`target-{key_of(values[0][0])}-along-training`: the strongest examples so far, with a slider over the "
         f"training's steps, below the parameters that MLflow puts into the same tile\n"
         f"- training run: [{train_run_id}]({ui_path(train_run_id)})\n"
-        f"- replay: {mode} mode, {problem.config.train.dtype}, every state checked against its recorded digest, "
+        f"- replay: {how}, {problem.config.train.dtype}, every state checked against its recorded digest, "
         f"derivatives {held}\n"
         f'- scores: `{INFLUENCE}`; in Python `tracked_replay.load_scores("{run_id}")`\n'
         f"{names.UNTRIED} `tracked-replay lds --magic-run-id {run_id}`\n"
