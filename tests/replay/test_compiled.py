@@ -166,6 +166,7 @@ def compile_in_a_process(cache: Path, compile: str = "on", **variables: str) -> 
     )
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_what_was_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
     first = compile_in_a_process(tmp_path)
@@ -178,6 +179,7 @@ def test_what_was_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*.so")) == kept
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_refused_where_asked_for_and_left_out_where_not(tmp_path: Path) -> None:
     refused = compile_in_a_process(tmp_path, CXX="no-such-compiler")
     assert "replay.compile: found on, but the step cannot be compiled: " in refused.stderr
