@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tracked_replay.config import Config
+from tracked_replay.recording import Recorder, Recording, folder_source
 from tracked_replay.tasks import Examples, Task, TaskData
 from tracked_replay.training import TrainingSetup, evaluate, set_up, train
 
@@ -63,6 +64,16 @@ def tiny_setup(**changes: object) -> TrainingSetup:
     config = tiny_config(**changes)
     task = TinyTask(config)
     return set_up(config, task, TaskData(task, config))
+
+
+def recorded(setup: TrainingSetup, root: Path) -> Recording:
+    """Train and record everything under a folder, without MLflow."""
+    with Recorder(root, setup) as recorder:
+        state = setup.initial
+        for record in train(setup):
+            recorder.add(record)
+            state = record.after
+        return Recording(folder_source(root), recorder.finish(state))
 
 
 OWN_TASK = """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyTask, tiny_config, tiny_setup
+from tiny import TinyTask, recorded, tiny_config, tiny_setup
 from torch import nn
 
 from tracked_replay.debugging import (
@@ -25,21 +25,12 @@ from tracked_replay.debugging import (
 )
 from tracked_replay.errors import NumericalError
 from tracked_replay.lds import baseline_scores
-from tracked_replay.recording import Recorder, Recording, folder_source
+from tracked_replay.recording import Recording
 from tracked_replay.replay import Target
 from tracked_replay.tasks import TaskData
-from tracked_replay.training import State, TrainingSetup, set_up, train
+from tracked_replay.training import State, TrainingSetup, set_up
 
 ALL = Target.mean(range(10), "mean:all")
-
-
-def recorded(setup: TrainingSetup, root: Path) -> Recording:
-    with Recorder(root, setup) as recorder:
-        state = setup.initial
-        for record in train(setup):
-            recorder.add(record)
-            state = record.after
-        return Recording(folder_source(root), recorder.finish(state))
 
 
 def loaded(setup: TrainingSetup, state: State) -> nn.Module:

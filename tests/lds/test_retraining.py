@@ -10,22 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from tiny import tiny_setup
+from tiny import recorded, tiny_setup
 
 from tracked_replay.errors import ReplayError
 from tracked_replay.lds import RetrainingJob, draw_subsets, final_state, predict, require_recorded_states, retrain
-from tracked_replay.recording import Recorder, Recording, folder_source, state_digest
+from tracked_replay.recording import Recording, state_digest
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
-from tracked_replay.training import TrainingSetup, evaluate, train
-
-
-def recorded(setup: TrainingSetup, root: Path) -> Recording:
-    with Recorder(root, setup) as recorder:
-        state = setup.initial
-        for record in train(setup):
-            recorder.add(record)
-            state = record.after
-        return Recording(folder_source(root), recorder.finish(state))
+from tracked_replay.training import evaluate
 
 
 def digests(recording: Recording) -> list[str]:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TinyTask, slope, tiny_config, tiny_setup
+from tiny import TinyTask, recorded, slope, tiny_config, tiny_setup
 from torch import Tensor, nn
 
 from tracked_replay.config import Config, ReplayConfig
 from tracked_replay.errors import ConfigError, ReplayError
-from tracked_replay.recording import Recorder, Recording, folder_source
+from tracked_replay.recording import Recording
 from tracked_replay.replay import CompilingAdjoint, Replay, ScoreSum, StepAdjoint, Target, compiled
-from tracked_replay.training import TrainingSetup, set_up, train
+from tracked_replay.training import TrainingSetup, set_up
 
 TARGETS = (Target.single(4), Target.single(7), Target.mean(range(10), "mean:all"))
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -36,15 +36,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
-
-
-def recorded(setup: TrainingSetup, root: Path) -> Recording:
-    with Recorder(root, setup) as recorder:
-        state = setup.initial
-        for record in train(setup):
-            recorder.add(record)
-            state = record.after
-        return Recording(folder_source(root), recorder.finish(state))
 
 
 def compiling(setup: TrainingSetup, compile: str = "on", at_once: int = 0) -> CompilingAdjoint:
@@ -251,8 +242,7 @@ def test_a_model_that_cannot_be_traced_is_refused_or_left_as_it_is(
 def test_a_compiled_function_that_is_another_one_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The last step's learning rate is 0: its own cotangents say nothing.
-    setup = tiny_setup(train__schedule="one_cycle", train__lr_end=0.0)
+    setup = tiny_setup()
     recording = recorded(setup, tmp_path)
     not_compiled(monkeypatch, scale=1 + 1e-10)
     with pytest.raises(ReplayError, match=r"compiled: compiled, its derivatives are 1e-10 of themselves from uncomp"):
@@ -263,6 +253,26 @@ def test_a_compiled_function_that_is_another_one_is_told(
     assert through.compiled is False
     assert "the replay's step is not compiled: compiled, its derivatives are 1e-10" in caplog.text
     np.testing.assert_array_equal(found, replayed(setup, recording, StepAdjoint(setup.step)))
+
+
+def test_a_compiled_function_without_second_derivatives_is_told_where_the_last_learning_rate_is_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = tiny_setup(train__schedule="one_cycle", train__lr_end=0.0)
+    assert not setup.plan.learning_rates[-1].any()  # so the first step's own cotangents of the gradients are 0
+
+    def deaf(function: Callable[..., list[Tensor]], arguments: Any) -> Callable[..., list[Tensor]]:
+        count = len(arguments.parameters)
+
+        def run(*given: Any) -> list[Tensor]:
+            tangents = [torch.zeros_like(tensor) for tensor in given[4][:count]] + given[4][count:]
+            return function(*given[:4], tangents, *given[5:])
+
+        return run
+
+    monkeypatch.setattr(compiled, "_compiled", deaf)
+    with pytest.raises(ReplayError, match=r"compiled: compiled, its derivatives are 1 of themselves from uncompiled"):
+        replayed(setup, recorded(setup, tmp_path), compiling(setup))
 
 
 def test_what_rounding_does_to_a_model_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyTask, slope, tiny_config, tiny_setup
+from tiny import TinyTask, recorded, slope, tiny_config, tiny_setup
 from torch import Tensor, nn
 
 from tracked_replay.config import ReplayConfig
 from tracked_replay.errors import ReplayError
-from tracked_replay.recording import Recorder, Recording, folder_source
+from tracked_replay.recording import Recording
 from tracked_replay.replay import Replay, ScoreSum, StepAdjoint, Target
 from tracked_replay.replay.adjoint import measurement_cotangent
 from tracked_replay.training import TrainingSetup, evaluate, set_up, train
@@ -27,15 +27,6 @@ VARIANTS = {
     "groups": {"model__bias_scale": 3.0, "train__decay_biases": False, "train__nesterov": True},
 }
 TARGETS = (Target.single(4), Target.single(7), Target.mean(range(10), "mean:all"))
-
-
-def recorded(setup: TrainingSetup, root: Path) -> Recording:
-    with Recorder(root, setup) as recorder:
-        state = setup.initial
-        for record in train(setup):
-            recorder.add(record)
-            state = record.after
-        return Recording(folder_source(root), recorder.finish(state))
 
 
 def replayed(
